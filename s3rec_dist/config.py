@@ -1,0 +1,417 @@
+"""Every setting, as frozen dataclasses; read from YAML, overridden by dotted ``key=value`` arguments.
+
+    config = load_config("configs/beauty.yaml", ["pretrain.epochs=10", "engine.zero_stage=2"])
+
+Unknown keys, wrong types and impossible combinations raise :class:`ConfigError`, which names the
+place (file or argument, and key), what was expected and what came. ``to_yaml(config)`` is stored
+with every run and checkpoint, and reads back to an equal config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message says where it stands and what to write instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which dataset is streamed, and how."""
+
+    path: str = ""
+    """Dataset folder written by ``s3rec prepare`` (a path or fsspec URL)."""
+    streams: int = 0
+    """Parts an epoch is cut into; any world size that divides it sees the same global batches.
+    0 takes the largest divisor of the batch size up to 64."""
+    shuffle_window: int = 8192
+    """Samples of one stream that are shuffled together."""
+    prefetch_threads: int = 2
+    """Threads that read and decode row groups ahead of training."""
+    cache_mb: int = 256
+    """Decoded row groups kept in memory between epochs, in MiB per process."""
+    verify: bool = True
+    """Check every shard's SHA-256 against the manifest before training."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.streams", self.streams, 0)
+        _at_least("data.shuffle_window", self.shuffle_window, 1)
+        _at_least("data.prefetch_threads", self.prefetch_threads, 1)
+        _at_least("data.cache_mb", self.cache_mb, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The encoder. Defaults are the S3-Rec paper's."""
+
+    hidden_size: int = 64
+    """Embedding and hidden size E."""
+    layers: int = 2
+    """Transformer blocks."""
+    heads: int = 2
+    """Attention heads; must divide ``hidden_size``."""
+    inner_size: int = 256
+    """Width of the feed-forward layer."""
+    max_length: int = 50
+    """Most recent items of a sequence the encoder sees."""
+    hidden_dropout: float = 0.5
+    """Dropout on the embeddings and on both sublayer outputs."""
+    attention_dropout: float = 0.5
+    """Dropout on attention probabilities."""
+    layer_norm_eps: float = 1e-12
+    """Added to the variance, inside the root."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    position_alignment: Literal["end", "start"] = "end"
+    """``end``: the newest item always sits at the last position (the paper); ``start``: the oldest at the first."""
+    attention: Literal["auto", "reference", "sdpa"] = "auto"
+    """Attention backend; ``auto`` picks the fastest for the device."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "layers", "heads", "inner_size", "max_length"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        if self.hidden_size % self.heads:
+            raise ConfigError(
+                f"model.heads={self.heads} does not divide model.hidden_size={self.hidden_size}; "
+                "choose a head count that does"
+            )
+        for name in ("hidden_dropout", "attention_dropout"):
+            _within(f"model.{name}", getattr(self, name), 0.0, 0.99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What both training stages share: batches, optimizer, schedule, validation, checkpoints."""
+
+    epochs: int = 100
+    """Passes over the data, at most."""
+    batch_size: int = 256
+    """Samples of one optimizer step over all ranks."""
+    gradient_accumulation: int = 1
+    """Micro-batches each rank's share of the batch is cut into."""
+    samples: Literal["all_prefixes", "full_sequence", "one_random_prefix"] = "all_prefixes"
+    """What one user contributes to an epoch."""
+    learning_rate: float = 1e-3
+    """Adam's peak learning rate."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's moment decay rates."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """L2 penalty added to the gradient."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up: constant, or falling to zero at the last step."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from zero."""
+    gradient_clipping: float = 0.0
+    """Largest global gradient norm; 0 is off."""
+    checkpoint_every_epochs: int = 1
+    """Epochs between checkpoints."""
+    checkpoint_every_steps: int = 0
+    """Steps between checkpoints inside an epoch; 0 is off."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, the best one aside."""
+    log_every_steps: int = 50
+    """Steps between logged training metrics."""
+
+    def __post_init__(self) -> None:
+        section = self._section
+        for name in ("epochs", "checkpoint_every_steps", "warmup_steps"):
+            _at_least(f"{section}.{name}", getattr(self, name), 0)
+        for name in (
+            "batch_size",
+            "gradient_accumulation",
+            "checkpoint_every_epochs",
+            "keep_checkpoints",
+            "log_every_steps",
+        ):
+            _at_least(f"{section}.{name}", getattr(self, name), 1)
+        _within(f"{section}.learning_rate", self.learning_rate, 0.0, 10.0)
+        _at_least(f"{section}.gradient_clipping", self.gradient_clipping, 0)
+        _at_least(f"{section}.weight_decay", self.weight_decay, 0)
+
+    @property
+    def _section(self) -> str:
+        return "pretrain" if isinstance(self, PretrainConfig) else "finetune"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(StageConfig):
+    """Self-supervised pretraining: the four tasks and their weights."""
+
+    mask_ratio: float = 0.2
+    """Probability that an item is masked; the last item always is."""
+    aap_weight: float = 0.2
+    """Weight of associated attribute prediction."""
+    mip_weight: float = 1.0
+    """Weight of masked item prediction."""
+    map_weight: float = 1.0
+    """Weight of masked attribute prediction."""
+    sp_weight: float = 0.5
+    """Weight of segment prediction."""
+    pairwise: Literal["original", "bpr"] = "original"
+    """Loss of a (positive, negative) score pair: the paper's double sigmoid, or BPR on logits."""
+    segment_negatives: Literal["train_only", "all"] = "train_only"
+    """Items negative segments come from; ``all`` lets held-out items in, as the original does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _within("pretrain.mask_ratio", self.mask_ratio, 0.0, 1.0)
+        for name in ("aap_weight", "mip_weight", "map_weight", "sp_weight"):
+            _at_least(f"pretrain.{name}", getattr(self, name), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(StageConfig):
+    """Next-item fine-tuning with a causal encoder, stopped early on validation."""
+
+    samples: Literal["all_prefixes", "full_sequence", "one_random_prefix"] = "full_sequence"
+    """What one user contributes to an epoch."""
+    pretrained: str = "auto"
+    """Weights to start from: ``auto`` is the newest checkpoint of ``<output>/pretrain``; a run's or
+    checkpoint's folder; an exported folder; or ``none`` to train from scratch."""
+    loss: Literal["bce", "bpr", "ce"] = "bce"
+    """``bce`` and ``bpr`` against one sampled negative a position, ``ce`` against all items."""
+    positions: Literal["all", "last"] = "all"
+    """Positions that are trained on."""
+    metric: str = "MRR"
+    """Validation metric that picks the best checkpoint: MRR, HR@k or NDCG@k."""
+    patience: int = 10
+    """Validations without improvement after which training stops; 0 never stops early."""
+    validate_every_epochs: int = 1
+    """Epochs between validations."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("finetune.patience", self.patience, 0)
+        _at_least("finetune.validate_every_epochs", self.validate_every_epochs, 1)
+        if not self.pretrained:
+            raise ConfigError(
+                "finetune.pretrained is empty; write a checkpoint or export folder, 'auto', "
+                "or 'none' to train from scratch"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Leave-one-out ranking."""
+
+    protocol: Literal["sampled", "full"] = "full"
+    """Rank the held-out item among sampled negatives, or among all items not yet seen."""
+    negatives: int = 99
+    """Negatives drawn for each user under ``sampled``."""
+    negatives_file: str = ""
+    """Lines ``user item item ...`` in raw ids, used instead of a draw under ``sampled``."""
+    seed: int = 2020
+    """Seed of the negative draw."""
+    cutoffs: tuple[int, ...] = (1, 5, 10, 20)
+    """k of HR@k and NDCG@k."""
+    batch_users: int = 256
+    """Users scored together."""
+    item_chunk: int = 65536
+    """Items scored together under ``full``; bounds memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("negatives", "batch_users", "item_chunk"):
+            _at_least(f"evaluation.{name}", getattr(self, name), 1)
+        if not self.cutoffs or min(self.cutoffs) < 1:
+            raise ConfigError(f"evaluation.cutoffs={list(self.cutoffs)}: expected positive integers, as in [5, 10]")
+        if self.negatives_file and self.protocol == "full":
+            raise ConfigError("evaluation.negatives_file needs evaluation.protocol=sampled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """DeepSpeed: precision, ZeRO, or a JSON of one's own."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes a GPU where there is one."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """``auto`` is bf16 on GPUs that have it, else fp32. Master weights are always fp32."""
+    zero_stage: int = 0
+    """ZeRO stage 0 to 3."""
+    deepspeed_config: str = ""
+    """A DeepSpeed JSON file to merge in; what it contradicts is an error."""
+    threads: int = 0
+    """CPU threads per process; 0 shares the cores among the host's ranks."""
+
+    def __post_init__(self) -> None:
+        _within("engine.zero_stage", self.zero_stage, 0, 3)
+        _at_least("engine.threads", self.threads, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where metrics go besides the run's metrics.jsonl and the terminal."""
+
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    """Weights & Biases mode."""
+    project: str = "s3rec-dist"
+    """W&B project."""
+    entity: str = ""
+    """W&B entity; empty is the account's default."""
+    name: str = ""
+    """Run name; empty takes the output folder's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment: both stages, on one dataset."""
+
+    output: str = "runs/default"
+    """Folder of the run; stages write to ``<output>/pretrain`` and ``<output>/finetune``."""
+    seed: int = 42
+    """Seed of initial weights, order, reconstruction and dropout."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        for stage in (self.pretrain, self.finetune):
+            streams = self.data.streams
+            if streams and stage.batch_size % streams:
+                raise ConfigError(
+                    f"data.streams={streams} does not divide {stage._section}.batch_size={stage.batch_size}; "
+                    "leave data.streams=0 or choose a divisor of both batch sizes"
+                )
+        metric = self.finetune.metric
+        name, _, cutoff = metric.partition("@")
+        if metric != "MRR" and (name not in ("HR", "NDCG") or not cutoff.isdigit()):
+            raise ConfigError(f"finetune.metric={metric!r}: expected MRR, HR@k or NDCG@k, as in NDCG@20")
+        if cutoff and int(cutoff) not in self.evaluation.cutoffs:
+            raise ConfigError(
+                f"finetune.metric={metric!r} is not computed with evaluation.cutoffs={list(self.evaluation.cutoffs)}; "
+                f"add {cutoff} to evaluation.cutoffs"
+            )
+
+
+def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads ``path`` (defaults where None), applies ``key.sub=value`` overrides, and checks the whole.
+
+    Raises :class:`ConfigError` for a missing or malformed file, an unknown key, a wrong type or an
+    impossible combination.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = Path(path).read_text()
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot read the config file ({error.strerror})") from error
+        try:
+            loaded = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{path}: expected settings as 'key: value', got {type(loaded).__name__}")
+        tree = loaded or {}
+        _build(Config, tree, str(path), "")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(f"argument {override!r}: expected key=value, as in pretrain.epochs=10")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"argument {override!r}: the value is not valid YAML: {error}") from error
+        node = tree
+        *sections, leaf = key.removeprefix("--").split(".")
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"argument {override!r}: {section!r} is not a section")
+        node[leaf] = "" if text == "" else value
+    return _build(Config, tree, str(path) if path is not None and not overrides else "command line", "")
+
+
+def from_dict(tree: dict[str, Any], source: str) -> Config:
+    """A config from nested dictionaries, as :func:`to_dict` gives; ``source`` names them in errors."""
+    return _build(Config, tree, source, "")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The whole resolved config as plain dictionaries and lists."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return list(value) if isinstance(value, tuple) else value
+
+    tree = plain(config)
+    assert isinstance(tree, dict)
+    return tree
+
+
+def to_yaml(config: Config) -> str:
+    """The whole resolved config as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _build(cls: type, tree: Any, source: str, prefix: str) -> Any:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: {prefix.rstrip('.')}: expected a section of settings, got {tree!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    values = {}
+    for key, value in tree.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(names)}"
+            raise ConfigError(f"{source}: unknown setting {prefix}{key}; {hint}")
+        values[key] = _coerce(hints[key], value, source, f"{prefix}{key}")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        if str(error).startswith(source):
+            raise
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def _coerce(hint: Any, value: Any, source: str, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, source, f"{key}.")
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise ConfigError(f"{source}: {key}={value!r}: expected one of {', '.join(map(str, choices))}")
+        return value
+    if origin is tuple:
+        args = typing.get_args(hint)
+        fixed = Ellipsis not in args
+        if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(args)):
+            raise ConfigError(f"{source}: {key}={value!r}: expected a list, as in [0.9, 0.999]")
+        return tuple(_coerce(args[i] if fixed else args[0], v, source, f"{key}[{i}]") for i, v in enumerate(value))
+    assert not isinstance(hint, types.UnionType)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        try:
+            return float(value)  # YAML reads 1e-3, without a dot, as text
+        except ValueError:
+            pass
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{source}: {key}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _at_least(key: str, value: float, low: float) -> None:
+    if not value >= low:
+        raise ConfigError(f"{key}={value}: expected at least {low}")
+
+
+def _within(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{key}={value}: expected a value from {low} to {high}")

@@ -1,0 +1,1 @@
+"""Fused operators. Each folder holds one contract, its plain reference and its fast backends."""
