@@ -8,7 +8,7 @@ generator state to save, to split over ranks or to restore.
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ def key_of(*parts: int) -> int:
 
 def uniform_below(bits: IntArray, bound: IntArray | int) -> IntArray:
     """Uniform integers in [0, bound) from the high 32 bits of ``bits`` (bound < 2^31, bias below bound / 2^32)."""
-    return cast(IntArray, (((bits >> 32) & _LOW_32) * bound) >> 32)
+    return (((bits >> 32) & _LOW_32) * bound) >> 32
 
 
 def _wrap(value: int) -> int:

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Every check: lint, format, types, tests. Arguments go to pytest, as in `launch/test.sh -m 'not slow' -k order`.
+# S3REC_DATA names a folder with the reference's data and checkpoints, S3REC_GOLDEN one with its recorded outputs;
+# tests that need them skip themselves where these are unset.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+source launch/lib.sh
+make_venv
+fetch_ml100k
+export S3REC_ML100K=$ml100k
+export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} WANDB_MODE=offline
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests start several processes side by side
+
+ruff check .
+ruff format --check .
+mypy s3rec_dist
+pytest -q --durations=15 "$@"
