@@ -86,6 +86,8 @@ class ModelConfig:
             )
         for name in ("hidden_dropout", "attention_dropout"):
             _within(f"model.{name}", getattr(self, name), 0.0, 0.99)
+        for name in ("layer_norm_eps", "initializer_range"):
+            _at_least(f"model.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +138,10 @@ class StageConfig:
         ):
             _at_least(f"{section}.{name}", getattr(self, name), 1)
         _within(f"{section}.learning_rate", self.learning_rate, 0.0, 10.0)
+        for beta in self.adam_betas:
+            if not 0 <= beta < 1:
+                raise ConfigError(f"{section}.adam_betas={list(self.adam_betas)}: expected values from 0 to below 1")
+        _at_least(f"{section}.adam_eps", self.adam_eps, 0)
         _at_least(f"{section}.gradient_clipping", self.gradient_clipping, 0)
         _at_least(f"{section}.weight_decay", self.weight_decay, 0)
 
@@ -166,8 +172,11 @@ class PretrainConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _within("pretrain.mask_ratio", self.mask_ratio, 0.0, 1.0)
-        for name in ("aap_weight", "mip_weight", "map_weight", "sp_weight"):
+        weights = ("aap_weight", "mip_weight", "map_weight", "sp_weight")
+        for name in weights:
             _at_least(f"pretrain.{name}", getattr(self, name), 0)
+        if not any(getattr(self, name) for name in weights):
+            raise ConfigError(f"pretrain: {', '.join(weights)} are all 0, which leaves nothing to learn; raise one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +256,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _within("engine.zero_stage", self.zero_stage, 0, 3)
         _at_least("engine.threads", self.threads, 0)
+        if self.device == "cpu" and self.precision == "fp16":
+            raise ConfigError("engine.precision=fp16 does not run with engine.device=cpu; use bf16 or fp32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,9 +318,11 @@ def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            text = Path(path).read_text()
+            text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{path}: cannot read the config file ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not UTF-8 text, so not a config file ({error.reason})") from error
         try:
             loaded = yaml.safe_load(text)
         except yaml.YAMLError as error:

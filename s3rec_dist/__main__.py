@@ -1,0 +1,232 @@
+"""The command line: ``s3rec COMMAND ...``, or ``python -m s3rec_dist COMMAND ...``.
+
+Only the module of the chosen command is imported, so help and mistakes answer at once. Errors that
+name the mistake and its remedy (every exception class of this package) are printed without a
+traceback, with exit status 2; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import importlib
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import s3rec_dist
+
+Run = Callable[[argparse.Namespace], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command: what its help says, and where its arguments and its work are defined."""
+
+    summary: str
+    description: str
+    example: str
+    build: Callable[[argparse.ArgumentParser], Run]
+
+
+def _defined_in(module: str, add_arguments: str = "add_arguments", run: str = "run") -> Callable[..., Run]:
+    """A command whose module defines ``add_arguments(parser)`` and ``run(args)``."""
+
+    def build(parser: argparse.ArgumentParser) -> Run:
+        loaded = importlib.import_module(module)
+        getattr(loaded, add_arguments)(parser)
+        return getattr(loaded, run)
+
+    return build
+
+
+def _training_stage(stage: str) -> Callable[..., Run]:
+    """``pretrain`` or ``finetune``: a config file, overrides, and the training loop."""
+
+    def build(parser: argparse.ArgumentParser) -> Run:
+        parser.add_argument("--config", metavar="FILE", help="YAML file of settings (default: every setting's default)")
+        parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
+        parser.add_argument(
+            "--no_resume",
+            action="store_true",
+            help="start over; without it, training goes on from the newest checkpoint in the output folder",
+        )
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"settings, as in {stage}.epochs=10")
+        return run
+
+    def run(args: argparse.Namespace) -> None:
+        from s3rec_dist.config import load_config, to_yaml
+
+        config = load_config(args.config, args.overrides)
+        if args.print_config:
+            print(to_yaml(config), end="")
+            return
+        loop = importlib.import_module("s3rec_dist.training.loop")
+        getattr(loop, f"run_{stage}")(config, resume=not args.no_resume)
+
+    return build
+
+
+COMMANDS = {
+    "prepare": Command(
+        summary="turn raw interactions into a dataset",
+        description="""
+            Reads raw interactions, checks and filters them, numbers items and attributes, and writes the dataset
+            that every other command reads: sequences in sharded Parquet, the item catalogue, and a manifest with
+            counts and checksums. The folder appears only when it is whole.""",
+        example="s3rec prepare --source s3rec --input Beauty.txt --output data/beauty",
+        build=_defined_in("s3rec_dist.data.prepare"),
+    ),
+    "pretrain": Command(
+        summary="pretrain the encoder with the four self-supervised tasks",
+        description="""
+            Pretrains on attributes, masked items, masked attributes and segments; writes metrics and checkpoints to
+            OUTPUT/pretrain. Runs as one process; start it through deepspeed, torchrun or Slurm for several.""",
+        example="""
+            s3rec pretrain --config configs/beauty.yaml data.path=data/beauty output=runs/beauty
+            deepspeed --num_gpus 8 --module s3rec_dist pretrain --config configs/beauty.yaml engine.zero_stage=1""",
+        build=_training_stage("pretrain"),
+    ),
+    "finetune": Command(
+        summary="fine-tune it to predict the next item",
+        description="""
+            Starts from the pretrained weights that finetune.pretrained names (by default the newest checkpoint of
+            OUTPUT/pretrain; 'none' trains from scratch), validates after each epoch, keeps the best checkpoint, and
+            writes to OUTPUT/finetune.""",
+        example="""
+            s3rec finetune --config configs/beauty.yaml data.path=data/beauty output=runs/beauty
+            s3rec finetune --config configs/beauty.yaml output=runs/beauty-scratch finetune.pretrained=none""",
+        build=_training_stage("finetune"),
+    ),
+    "evaluate": Command(
+        summary="rank held-out items: HR, NDCG, MRR",
+        description="""
+            Ranks each user's held-out item among sampled negatives or among all items not yet seen, and reports
+            hit rate, NDCG and mean reciprocal rank.""",
+        example="s3rec evaluate runs/beauty/finetune --dataset data/beauty --split test",
+        build=_defined_in("s3rec_dist.evaluation"),
+    ),
+    "recommend": Command(
+        summary="write each user's best items to Parquet",
+        description="Recommends items for many users at once: histories in, the best k items and their scores out.",
+        example="s3rec recommend models/beauty --dataset data/beauty --k 10 --output recommendations.parquet",
+        build=_defined_in("s3rec_dist.recommend"),
+    ),
+    "export": Command(
+        summary="turn a checkpoint into a model folder to keep or share",
+        description="""
+            Writes fp32 weights as safetensors, the model's settings, the item catalogue and a model card into one
+            folder, which recommend, evaluate and finetune.pretrained accept.""",
+        example="s3rec export runs/beauty/finetune --dataset data/beauty --output models/beauty",
+        build=_defined_in("s3rec_dist.export", "add_export_arguments", "run_export"),
+    ),
+    "import": Command(
+        summary="turn a checkpoint of the original S3-Rec into a model folder",
+        description="Converts the original implementation's .pt file into the folder that export writes.",
+        example="s3rec import Beauty-epochs-150.pt --dataset data/beauty --output models/beauty-reference",
+        build=_defined_in("s3rec_dist.export", "add_import_arguments", "run_import"),
+    ),
+    "bench": Command(
+        summary="measure speed and memory on this machine",
+        description="Measures one part of the system; prints a table, and one JSON object as the last line.",
+        example="s3rec bench pretrain --dataset data/beauty",
+        build=_defined_in("s3rec_dist.bench"),
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    arguments = _without_local_rank(sys.argv[1:] if argv is None else list(argv))
+    try:
+        if not arguments or arguments[0].startswith("-"):
+            parser = _overview()
+            parser.parse_args(arguments)
+            parser.print_help()
+            return 2
+        return _run(arguments[0], arguments[1:])
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left, as in `s3rec ... | head`
+        return 0
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(
+                f"the disk is full{_at(error)}; earlier outputs are whole. Make room and run the command again"
+            )
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}")
+    except ValueError as error:
+        if not type(error).__module__.startswith("s3rec_dist."):
+            raise
+        return _fail(str(error))
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+        return _fail(f"unknown command {name!r}; {hint}")
+    parser, run = parser_of(name)
+    result = run(parser.parse_intermixed_args(arguments))
+    return result if isinstance(result, int) else 0
+
+
+def parser_of(name: str) -> tuple[argparse.ArgumentParser, Run]:
+    """One command's parser, and what to call with the arguments it parsed."""
+    command = COMMANDS[name]
+    examples = textwrap.dedent(command.example).strip()
+    parser = argparse.ArgumentParser(
+        prog=f"s3rec {name}",
+        description=textwrap.fill(" ".join(command.description.split()), 100),
+        epilog=("examples:\n" if "\n" in examples else "example:\n") + textwrap.indent(examples, "  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    return parser, command.build(parser)
+
+
+def _overview() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="s3rec",
+        usage="s3rec COMMAND [options]",
+        description="Distributed training of the S3-Rec sequential recommender.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
+        + "\n\n's3rec COMMAND --help' shows a command's options and an example.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"s3rec_dist {s3rec_dist.__version__}")
+    return parser
+
+
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    """Drops ``--local_rank N``, which launchers put before the command; the environment's LOCAL_RANK says the same."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if not skip and not re.match(r"--local[_-]rank(=|$)", argument):
+            kept.append(argument)
+        skip = argument in ("--local_rank", "--local-rank")
+    return kept
+
+
+def _fail(message: str) -> int:
+    rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE") or 1) > 1 else ""
+    print(f"s3rec: error{rank}: {message}", file=sys.stderr)
+    return 2
+
+
+def _at(error: OSError) -> str:
+    return f" ({error.filename})" if error.filename else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""The command line: help that answers at once, mistakes named without a traceback, launchers' arguments accepted."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib.util
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+from s3rec_dist import __main__ as cli
+from s3rec_dist.config import Config, from_dict, load_config
+
+STAGES = ("pretrain", "finetune")
+MODULES = {
+    "prepare": "s3rec_dist.data.prepare",
+    "evaluate": "s3rec_dist.evaluation",
+    "recommend": "s3rec_dist.recommend",
+    "export": "s3rec_dist.export",
+    "import": "s3rec_dist.export",
+    "bench": "s3rec_dist.bench",
+}
+
+
+def examples(command: str) -> list[list[str]]:
+    """The arguments after the command's name, for each line of its help's examples."""
+    lines = [shlex.split(line) for line in cli.COMMANDS[command].example.strip().splitlines()]
+    return [words[words.index(command) + 1 :] for words in lines]
+
+
+@pytest.fixture(params=list(cli.COMMANDS))
+def command(request: pytest.FixtureRequest) -> str:
+    module = MODULES.get(request.param, "s3rec_dist.config")
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not there yet")
+    return request.param
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
+    """Replaces ``bench`` by a command that raises what is stored in ``Raises.error``."""
+
+    class Raises(Exception):
+        error: BaseException
+
+    def run(args: argparse.Namespace) -> None:
+        raise Raises.error
+
+    command = cli.Command(summary="", description="", example="", build=lambda parser: run)
+    monkeypatch.setitem(cli.COMMANDS, "bench", command)
+    return Raises
+
+
+def test_the_commands_are_those_of_the_documentation() -> None:
+    assert list(cli.COMMANDS) == [
+        "prepare", "pretrain", "finetune", "evaluate", "recommend", "export", "import", "bench",
+    ]  # fmt: skip
+
+
+def test_help_names_every_command_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--help"])
+    assert exit.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, command in cli.COMMANDS.items():
+        assert any(line.split() == [name, *command.summary.split()] for line in lines)
+    assert max(map(len, lines)) <= 100
+
+
+def test_no_command_shows_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "commands:" in capsys.readouterr().out
+
+
+def test_each_commands_help_has_a_description_and_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: s3rec {command}")
+    assert "\nexample" in text
+    parser, _ = cli.parser_of(command)
+    assert parser.description and len(parser.description) > 40
+    for action in parser._actions:
+        assert action.help, f"{action.dest} has no help text"
+
+
+def test_the_examples_in_the_help_are_accepted_as_they_stand(command: str) -> None:
+    for arguments in examples(command):
+        parser, _ = cli.parser_of(command)
+        parser.parse_intermixed_args(arguments)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_settings_in_the_help_exist(stage: str, repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    for arguments in examples(stage):
+        assert cli.main([stage, *arguments, "--print_config"]) == 0
+
+
+def test_help_and_settings_load_nothing_heavy() -> None:
+    script = (
+        "import sys; from s3rec_dist.__main__ import main\n"
+        "main(['pretrain', '--print_config']); main([])\n"
+        "heavy = {'torch', 'deepspeed', 'numpy', 'pyarrow', 'duckdb', 'wandb'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_runs_as_a_module_and_says_its_version() -> None:
+    arguments = [sys.executable, "-m", "s3rec_dist", "--version"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and done.stdout.startswith("s3rec_dist ")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_print_config_prints_what_would_be_used(
+    stage: str, repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = repository / "configs" / "beauty.yaml"
+    arguments = [stage, "seed=9", "--config", str(path), "engine.zero_stage=2", "--print_config"]
+    assert cli.main(arguments) == 0
+    printed = from_dict(yaml.safe_load(capsys.readouterr().out), "printed")
+    assert printed == load_config(path, ["seed=9", "engine.zero_stage=2"])
+
+
+@pytest.mark.parametrize("flag", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"], ["--local-rank", "1"]])
+def test_the_local_rank_of_a_launcher_is_accepted_before_and_after_the_command(
+    flag: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in ([*flag, "pretrain", "--print_config", "seed=3"], ["pretrain", "seed=3", *flag, "--print_config"]):
+        assert cli.main(arguments) == 0
+        assert from_dict(yaml.safe_load(capsys.readouterr().out), "printed").seed == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretran"], "unknown command 'pretran'; did you mean pretrain?"),
+        (["zzz"], "unknown command 'zzz'; commands: prepare, pretrain"),
+        (["pretrain", "pretrain.epoch=3"], "unknown setting pretrain.epoch; did you mean pretrain.epochs?"),
+        (["finetune", "finetune.loss=hinge"], "finetune.loss='hinge': expected one of bce, bpr, ce"),
+        (["pretrain", "configs/beauty.yaml"], "argument 'configs/beauty.yaml': expected key=value"),
+        (["pretrain", "--config", "missing.yaml"], "missing.yaml: cannot read the config file"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line_with_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("s3rec: error: ") and message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_an_unknown_option_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["pretrain", "--epochs", "3"])
+    assert exit.value.code == 2
+    assert "unrecognized arguments: --epochs" in capsys.readouterr().err
+
+
+def test_a_mistake_reaches_the_shell_without_a_traceback() -> None:
+    arguments = [sys.executable, "-m", "s3rec_dist", "--local_rank=0", "pretrain", "sed=3"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2
+    assert done.stderr == "s3rec: error: command line: unknown setting sed; did you mean seed?\n"
+
+
+def test_an_error_in_a_distributed_run_names_its_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    assert cli.main(["pretrain", "sed=3"]) == 2
+    assert capsys.readouterr().err.startswith("s3rec: error (rank 2): ")
+
+
+def test_control_c_ends_with_status_130(failing: type) -> None:
+    failing.error = KeyboardInterrupt()
+    assert cli.main(["bench"]) == 130
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), OSError("a bug"), AssertionError("a bug")])
+def test_a_bug_keeps_its_traceback(failing: type, error: Exception) -> None:
+    failing.error = error
+    with pytest.raises(type(error), match="a bug"):
+        cli.main(["bench"])
+
+
+def test_a_full_disk_says_that_earlier_outputs_are_whole(failing: type, capsys: pytest.CaptureFixture[str]) -> None:
+    failing.error = OSError(errno.ENOSPC, "No space left on device", "out/shard")
+    assert cli.main(["bench"]) == 2
+    assert "the disk is full (out/shard); earlier outputs are whole" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_opened_is_named(failing: type, capsys: pytest.CaptureFixture[str]) -> None:
+    failing.error = PermissionError(errno.EACCES, "Permission denied", "data/beauty")
+    assert cli.main(["bench"]) == 2
+    assert capsys.readouterr().err == "s3rec: error: data/beauty: Permission denied\n"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("flags", "resume"), [([], True), (["--no_resume"], False)])
+def test_a_stage_gets_its_config_and_whether_to_resume(
+    stage: str, flags: list[str], resume: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Config, bool]] = []
+    loop = types.ModuleType("s3rec_dist.training.loop")
+    setattr(loop, f"run_{stage}", lambda config, *, resume: calls.append((config, resume)))
+    monkeypatch.setitem(sys.modules, "s3rec_dist.training.loop", loop)
+    assert cli.main([stage, *flags, "output=runs/x"]) == 0
+    assert calls == [(Config(output="runs/x"), resume)]
