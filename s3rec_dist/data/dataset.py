@@ -239,7 +239,7 @@ class Dataset:
         return self.manifest.fingerprint
 
     def verify(self) -> None:
-        """Compares every file's SHA-256 with the manifest. Raises :class:`DatasetError` naming the first that differs."""
+        """Compares every file's SHA-256 with the manifest. Raises :class:`DatasetError` naming one that differs."""
         expected = {**self.manifest.files, **{shard.path: shard.sha256 for shard in self.manifest.shards}}
         for name, digest in expected.items():
             try:
@@ -359,7 +359,8 @@ class Dataset:
             if footer.num_row_groups != len(shard.row_groups) or footer.num_rows != shard.rows:
                 raise DatasetError(
                     f"{self._file(shard.path)}: {footer.num_rows} rows in {footer.num_row_groups} row groups, "
-                    f"the manifest says {shard.rows} in {len(shard.row_groups)}; restore the file or prepare the dataset again"
+                    f"the manifest says {shard.rows} in {len(shard.row_groups)}; "
+                    "restore the file or prepare the dataset again"
                 )
             with self._lock:
                 self._footers[shard_index] = footer

@@ -1,0 +1,590 @@
+"""Raw inputs, read as Arrow batches: the S3-Rec pair, RecBole's atomic files, Parquet, CSV and JSONL.
+
+A source gives two streams of flat rows and leaves everything relational to ``prepare``:
+
+    events       position, user, item[, rating][, time]
+    attributes   position, item, field, value
+
+``position`` is an int64 that grows in input order and from which ``place`` tells file and line. A row
+that cannot even be split into columns is reported to ``bad`` (position, reason) and left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+BadRow = Callable[[int, str], None]
+"""Called with (position, reason) for a row that is left out; may raise to stop."""
+
+LINE_BITS = 24
+"""Items of one line of the S3-Rec pair are numbered in this many bits of ``position``."""
+FILE_BITS = 40
+"""Rows of one file of a table are numbered in this many bits of ``position``."""
+
+LINES_PER_BATCH = 1 << 16
+BLOCK_BYTES = 8 << 20
+
+
+class SourceError(ValueError):
+    """Input that cannot be read at all; the message says what was expected, what came and what to do."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the event columns; '' is a column that is not read."""
+
+    user: str
+    item: str
+    rating: str
+    time: str
+
+    def wanted(self) -> dict[str, str]:
+        """{name here: name in the input} of the columns that are read."""
+        pairs = {"user": self.user, "item": self.item, "rating": self.rating, "time": self.time}
+        return {ours: theirs for ours, theirs in pairs.items() if theirs}
+
+
+class S3RecPair:
+    """``NAME.txt``, a user's items a line, in time order, and ``NAME_item2attributes.json``, {item: [attribute]}."""
+
+    FIELD = "attribute"
+
+    def __init__(self, path: str, attributes: str) -> None:
+        if os.path.isdir(path):
+            path = _only_file(path, "*.txt", "the S3-Rec pair's NAME.txt")
+        self.path = _existing(path)
+        beside = os.path.splitext(path)[0] + "_item2attributes.json"
+        self.attributes_path = _attribute_file(attributes, beside)
+        self.files = [self.path, *filter(None, [self.attributes_path])]
+
+    def events(self, bad: BadRow) -> Iterator[pa.RecordBatch]:
+        """position, user, item; a row per item."""
+        for first, lines in _lines(self.path, lambda line, reason: bad(line << LINE_BITS, reason)):
+            words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(lines))
+            lengths = pc.list_value_length(words).to_numpy(zero_copy_only=False)
+            numbers = first
+            empty = pc.equal(pc.utf8_trim_whitespace(lines), "").to_numpy(zero_copy_only=False)
+            for row in np.flatnonzero((lengths < 2) | empty):
+                reason = "empty line, expected 'user item item ...'" if empty[row] else "a user without items"
+                bad(int(numbers[row]) << LINE_BITS, reason)
+            if lengths.max(initial=0) > 1 << LINE_BITS:
+                raise SourceError(
+                    f"{self.path}: a line with more than {1 << LINE_BITS:,} items; split the user's history or "
+                    "give it as a table"
+                )
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            flat = words.flatten()
+            within = np.arange(len(flat)) - np.repeat(offsets[:-1], lengths)
+            is_item = within > 0
+            position = (np.repeat(numbers, lengths) << LINE_BITS) + within
+            users = flat.take(pa.array(np.repeat(offsets[:-1], lengths)[is_item]))
+            yield pa.record_batch(
+                {"position": position[is_item], "user": users, "item": flat.filter(pa.array(is_item))}
+            )
+
+    def attributes(self, bad: BadRow) -> Iterator[pa.RecordBatch]:
+        """position, item, field, value."""
+        if not self.attributes_path:
+            return
+        tree = _json_object(self.attributes_path)
+        items: list[str] = []
+        values: list[str] = []
+        for item, listed in tree.items():
+            plain = isinstance(listed, list) and all(
+                isinstance(value, (int, str)) and not isinstance(value, bool) and value != "" for value in listed
+            )
+            if not plain or not item:
+                raise SourceError(
+                    f"{self.attributes_path}: item {item!r}: expected a list of attribute ids, got {str(listed)[:80]!r}"
+                )
+            items.extend([item] * len(listed))
+            values.extend(map(str, listed))
+        yield _attribute_batch(range(len(items)), items, self.FIELD, values)
+
+    def place(self, position: int) -> str:
+        """File and line of an event's position."""
+        return f"{self.path}:{position >> LINE_BITS}"
+
+    def attribute_place(self, position: int) -> str:
+        """File of an attribute's position."""
+        return str(self.attributes_path)
+
+
+class RecBole:
+    """Atomic files: ``NAME.inter`` and ``NAME.item``, tab-separated, a header of ``field:type``."""
+
+    def __init__(self, path: str, attributes: str, columns: Columns, attribute_fields: Sequence[str]) -> None:
+        if os.path.isdir(path):
+            path = _only_file(path, "*.inter", "RecBole's NAME.inter")
+        elif not os.path.exists(path) and os.path.exists(path + ".inter"):
+            path += ".inter"
+        self.path, self.columns = _existing(path), columns
+        self.attributes_path = _attribute_file(attributes, os.path.splitext(path)[0] + ".item")
+        self.fields: dict[str, str] = {}
+        """{attribute field: token or token_seq}"""
+        if self.attributes_path:
+            self.fields = self._choose_fields(tuple(attribute_fields))
+        self.files = [self.path, *filter(None, [self.attributes_path])]
+
+    def events(self, bad: BadRow) -> Iterator[pa.RecordBatch]:
+        """position, user, item and, where wanted, rating and time, as text."""
+        kinds = _recbole_header(self.path)
+        names = {}
+        for ours, theirs in self.columns.wanted().items():
+            if theirs not in kinds:
+                raise _no_column(self.path, ours, theirs, kinds)
+            names[ours] = f"{theirs}:{kinds[theirs]}"
+        yield from _delimited(self.path, "\t", False, names, 0, bad)
+
+    def attributes(self, bad: BadRow) -> Iterator[pa.RecordBatch]:
+        """position, item, field, value; token_seq values split at spaces."""
+        if not self.attributes_path:
+            return
+        kinds = _recbole_header(self.attributes_path)
+        names = {"item": f"{self.columns.item}:{kinds[self.columns.item]}"}
+        names |= {f"field_{i}": f"{field}:{kind}" for i, (field, kind) in enumerate(self.fields.items())}
+        for batch in _delimited(self.attributes_path, "\t", False, names, 0, bad):
+            for i, (field, kind) in enumerate(self.fields.items()):
+                values = batch.column(f"field_{i}")
+                lists = pc.split_pattern(values, " ") if kind == "token_seq" else _singletons(values)
+                yield _flatten_attributes(batch, lists, field)
+
+    def place(self, position: int) -> str:
+        """File and line of an event's position."""
+        return f"{self.path}:{position}"
+
+    def attribute_place(self, position: int) -> str:
+        """File and line of an attribute's position."""
+        return f"{self.attributes_path}:{position}"
+
+    def _choose_fields(self, wanted: tuple[str, ...]) -> dict[str, str]:
+        kinds = _recbole_header(self.attributes_path)
+        if self.columns.item not in kinds:
+            raise _no_column(self.attributes_path, "item", self.columns.item, kinds)
+        usable = {
+            name: kind for name, kind in kinds.items() if kind in ("token", "token_seq") and name != self.columns.item
+        }
+        chosen = wanted or tuple(name for name, kind in usable.items() if kind == "token_seq")
+        if not chosen:
+            raise SourceError(
+                f"{self.attributes_path}: no token_seq field to take attributes from; name fields with "
+                f"--attribute-fields (there are: {', '.join(usable) or 'none'}) or pass --attributes none"
+            )
+        for name in chosen:
+            if name not in usable:
+                kind = f"is {kinds[name]}" if name in kinds else "is not there"
+                raise SourceError(
+                    f"{self.attributes_path}: attribute field {name!r} {kind}; expected token or token_seq fields, "
+                    f"as in {', '.join(usable) or 'none here'}"
+                )
+        return {name: usable[name] for name in chosen}
+
+
+class Table:
+    """Parquet, CSV or JSONL files with a row per interaction, columns named by the caller."""
+
+    def __init__(
+        self,
+        path: str,
+        attributes: str,
+        columns: Columns,
+        attribute_fields: Sequence[str],
+        attribute_separator: str,
+    ) -> None:
+        self.paths, self.columns = _table_files(path), columns
+        self.attribute_paths = [] if attributes in ("", "none") else _table_files(attributes)
+        if self.attribute_paths and not attribute_fields:
+            raise SourceError(f"{attributes}: name the columns that hold attributes with --attribute-fields")
+        self.fields = tuple(attribute_fields)
+        self.separator = attribute_separator
+        self.files = [*self.paths, *self.attribute_paths]
+
+    def events(self, bad: BadRow) -> Iterator[pa.RecordBatch]:
+        """position, user, item and, where wanted, rating and time, in the input's own plain types."""
+        for number, path in enumerate(self.paths):
+            for batch in _table_batches(path, self.columns.wanted(), number << FILE_BITS, bad):
+                for name in ("user", "item"):
+                    kind = batch.schema.field(name).type
+                    if not (pa.types.is_integer(kind) or pa.types.is_string(kind)):
+                        raise SourceError(
+                            f"{path}: column {self.columns.wanted()[name]!r} holds {kind}; "
+                            "ids must be integers or strings"
+                        )
+                yield batch
+
+    def attributes(self, bad: BadRow) -> Iterator[pa.RecordBatch]:
+        """position, item, field, value; list columns give a row per element."""
+        names = {"item": self.columns.item} | {f"field_{i}": field for i, field in enumerate(self.fields)}
+        for number, path in enumerate(self.attribute_paths):
+            for batch in _table_batches(path, names, number << FILE_BITS, bad, lists=True):
+                for i, field in enumerate(self.fields):
+                    values = batch.column(f"field_{i}")
+                    if pa.types.is_list(values.type):
+                        lists = values
+                    elif self.separator:
+                        lists = pc.split_pattern(values.cast(pa.string()), self.separator)
+                    else:
+                        lists = _singletons(values)
+                    yield _flatten_attributes(batch, lists, field)
+
+    def place(self, position: int) -> str:
+        """File and line (of text) or row (of Parquet) of an event's position."""
+        return _table_place(self.paths, position)
+
+    def attribute_place(self, position: int) -> str:
+        """File and line or row of an attribute's position."""
+        return _table_place(self.attribute_paths, position)
+
+
+Source = S3RecPair | RecBole | Table
+
+
+def _existing(path: str) -> str:
+    if not os.path.isfile(path):
+        raise SourceError(f"{path}: no such input file")
+    if os.path.getsize(path) == 0:
+        raise SourceError(f"{path}: the file is empty")
+    return path
+
+
+def _only_file(folder: str, pattern: str, what: str) -> str:
+    found = sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+    if len(found) != 1:
+        names = ", ".join(map(os.path.basename, found)) or "none"
+        raise SourceError(f"{folder}: expected one {pattern} file ({what}), found {names}; give the file's own path")
+    return found[0]
+
+
+def _attribute_file(given: str, beside: str) -> str:
+    """The attribute file's path, or '' where there shall be none."""
+    if given == "none":
+        return ""
+    if not given and not os.path.isfile(beside):
+        raise SourceError(
+            f"{beside}: no such attribute file; name it with --attributes, or pass --attributes none to train without"
+        )
+    return _existing(given or beside)
+
+
+def _no_column(path: str, ours: str, theirs: str, found: Any) -> SourceError:
+    remedy = "; pass an empty name to take the input's own order as time" if ours == "time" else ""
+    return SourceError(
+        f"{path}: no column {theirs!r} for the {ours}; there are {', '.join(found)}. Set --{ours}-column{remedy}"
+    )
+
+
+def _lines(path: str, bad: BadRow) -> Iterator[tuple[np.ndarray, pa.Array]]:
+    """(line numbers, lines) of a UTF-8 text file, many lines at a time."""
+    with fsspec.open(path, "rb", compression="infer") as file:
+        numbered = enumerate(file, start=1)
+        while chunk := list(itertools.islice(numbered, LINES_PER_BATCH)):
+            numbers, lines = [], []
+            for number, line in chunk:
+                try:
+                    lines.append(line.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8"))
+                    numbers.append(number)
+                except UnicodeDecodeError as error:
+                    bad(number, f"not UTF-8 text ({error.reason} at byte {error.start})")
+            yield np.array(numbers, dtype=np.int64), pa.array(lines, pa.string())
+
+
+def _json_object(path: str) -> dict[str, Any]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        tree = dict(pairs)
+        if len(tree) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise SourceError(f"{path}: {twice!r} appears twice; merge its lists into one")
+        return tree
+
+    try:
+        with fsspec.open(path, "rb", compression="infer") as file:
+            tree = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=no_duplicates)
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not isinstance(tree, dict):
+        raise SourceError(f"{path}: expected an object {{item: [attribute, ...]}}, got {type(tree).__name__}")
+    return tree
+
+
+def _recbole_header(path: str) -> dict[str, str]:
+    """{field: type} of an atomic file."""
+    with fsspec.open(path, "rb", compression="infer") as file:
+        header = file.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n")
+    kinds = {}
+    for column in header.split("\t"):
+        field, separator, kind = column.rpartition(":")
+        if not separator or not field or kind not in ("token", "token_seq", "float", "float_seq"):
+            raise SourceError(
+                f"{path}:1: expected a header of tab-separated field:type "
+                f"(token, token_seq, float, float_seq), got {column[:80]!r}"
+            )
+        if field in kinds:
+            raise SourceError(f"{path}:1: field {field!r} appears twice")
+        kinds[field] = kind
+    return kinds
+
+
+def _delimited(
+    path: str, delimiter: str, quote: str | bool, names: dict[str, str], base: int, bad: BadRow
+) -> Iterator[pa.RecordBatch]:
+    """Columns ``names`` {ours: theirs} of delimited text with a header, as strings, with ``position`` = base + line."""
+    skipped: list[int] = []
+
+    def wrong_count(row: Any) -> str:
+        bad(base + row.number, f"{row.actual_columns} columns, expected {row.expected_columns}")
+        skipped.append(row.number)
+        return "skip"
+
+    theirs = list(dict.fromkeys(names.values()))
+    with fsspec.open(path, "rb", compression="infer") as file:
+        try:
+            reader = pyarrow.csv.open_csv(
+                pa.PythonFile(file, mode="r"),
+                read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES),
+                parse_options=pyarrow.csv.ParseOptions(
+                    delimiter=delimiter,
+                    quote_char=quote,
+                    newlines_in_values=bool(quote),
+                    ignore_empty_lines=False,
+                    invalid_row_handler=wrong_count,
+                ),
+                convert_options=pyarrow.csv.ConvertOptions(
+                    column_types={name: pa.binary() for name in theirs},
+                    include_columns=theirs,
+                    strings_can_be_null=False,
+                ),
+            )
+            line = 1  # the header
+            while True:
+                try:
+                    batch = reader.read_next_batch()
+                except StopIteration:
+                    return
+                lines = _surviving_lines(line, batch.num_rows, skipped)
+                if not batch.num_rows:
+                    continue
+                line = int(lines[-1])
+                yield _decode_text(batch, names, base + lines, bad)
+        except pa.ArrowException as error:
+            raise SourceError(f"{path}: cannot be read as delimited text ({error})") from error
+
+
+def _surviving_lines(last: int, rows: int, skipped: list[int]) -> np.ndarray:
+    """Numbers of the next ``rows`` lines after ``last`` that are not ``skipped``."""
+    later = [number for number in skipped if number > last]
+    candidates = np.arange(last + 1, last + 1 + rows + len(later), dtype=np.int64)
+    return candidates[~np.isin(candidates, later)][:rows]
+
+
+def _decode_text(batch: pa.RecordBatch, names: dict[str, str], positions: np.ndarray, bad: BadRow) -> pa.RecordBatch:
+    """Binary columns as UTF-8 strings under our names; rows that are not UTF-8 are reported and left out."""
+    try:
+        columns = {ours: batch.column(theirs).cast(pa.string()) for ours, theirs in names.items()}
+    except pa.ArrowInvalid:
+        good = []
+        for row, values in enumerate(zip(*(batch.column(name).to_pylist() for name in names.values()), strict=True)):
+            try:
+                for value in values:
+                    value.decode()
+                good.append(row)
+            except UnicodeDecodeError as error:
+                bad(int(positions[row]), f"not UTF-8 text ({error.reason})")
+        batch, positions = batch.take(pa.array(good, pa.int64())), positions[good]
+        columns = {ours: batch.column(theirs).cast(pa.string()) for ours, theirs in names.items()}
+    return pa.record_batch({"position": positions, **columns})
+
+
+TABLE_KINDS = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
+
+
+def _table_kind(path: str) -> str | None:
+    name = path.removesuffix(".gz")
+    return TABLE_KINDS.get(os.path.splitext(name)[1].lower())
+
+
+def _table_files(path: str) -> list[str]:
+    """The files behind a path, a folder or a glob pattern, by name."""
+    if os.path.isdir(path):
+        found = [os.path.join(path, name) for name in sorted(os.listdir(path)) if _table_kind(name)]
+    elif os.path.isfile(path):
+        found = [path]
+    else:
+        found = sorted(glob.glob(path))
+    if not found:
+        raise SourceError(f"{path}: no input there; expected a file, folder or pattern of {', '.join(TABLE_KINDS)}")
+    for name in found:
+        if not _table_kind(name):
+            raise SourceError(f"{name}: unknown kind of table; expected a name that ends in {', '.join(TABLE_KINDS)}")
+        _existing(name)
+    return found
+
+
+def _table_place(paths: list[str], position: int) -> str:
+    return f"{paths[position >> FILE_BITS]}:{position & ((1 << FILE_BITS) - 1)}"
+
+
+def _table_batches(
+    path: str, names: dict[str, str], base: int, bad: BadRow, lists: bool = False
+) -> Iterator[pa.RecordBatch]:
+    """Columns ``names`` {ours: theirs} of one table with their positions."""
+    kind = _table_kind(path)
+    if kind == "parquet":
+        yield from _parquet_batches(path, names, base, lists)
+    elif kind == "jsonl":
+        yield from _jsonl_batches(path, names, base, bad, lists)
+    else:
+        delimiter = "," if kind == "csv" else "\t"
+        with fsspec.open(path, "rb", compression="infer") as file:
+            header = file.readline().decode("utf-8-sig", errors="replace").rstrip("\r\n")
+        found = next(csv.reader([header], delimiter=delimiter))
+        for ours, theirs in names.items():
+            if theirs not in found:
+                raise _no_column(path, ours, theirs, found)
+        yield from _delimited(path, delimiter, '"', names, base, bad)
+
+
+def _parquet_batches(path: str, names: dict[str, str], base: int, lists: bool) -> Iterator[pa.RecordBatch]:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            schema = file.schema_arrow
+            for ours, theirs in names.items():
+                if theirs not in schema.names:
+                    raise _no_column(path, ours, theirs, schema.names)
+                _check_plain(path, theirs, schema.field(theirs).type, lists and ours != "item")
+            row = 1
+            for batch in file.iter_batches(batch_size=1 << 17, columns=list(dict.fromkeys(names.values()))):
+                positions = base + np.arange(row, row + batch.num_rows, dtype=np.int64)
+                columns = {ours: _plain_array(batch.column(theirs)) for ours, theirs in names.items()}
+                yield pa.record_batch({"position": positions, **columns})
+                row += batch.num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise SourceError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def _check_plain(path: str, name: str, kind: pa.DataType, lists: bool) -> None:
+    inner = kind.value_type if lists and (pa.types.is_list(kind) or pa.types.is_large_list(kind)) else kind
+    if pa.types.is_dictionary(inner):
+        inner = inner.value_type
+    plain = (
+        pa.types.is_integer(inner)
+        or pa.types.is_floating(inner)
+        or pa.types.is_string(inner)
+        or pa.types.is_large_string(inner)
+        or pa.types.is_timestamp(inner)
+        or pa.types.is_date(inner)
+        or pa.types.is_decimal(inner)
+    )
+    if not plain:
+        raise SourceError(
+            f"{path}: column {name!r} holds {kind}; expected integers, floats, strings, dates or timestamps"
+        )
+
+
+def _plain_array(values: pa.Array) -> pa.Array:
+    """Dictionaries decoded, strings as string, moments as int64 microseconds, decimals as doubles."""
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        values = values.dictionary_decode()
+        kind = values.type
+    if pa.types.is_large_string(kind):
+        return values.cast(pa.string())
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return values.cast(pa.timestamp("us"), safe=False).cast(pa.int64())
+    if pa.types.is_decimal(kind):
+        return values.cast(pa.float64())
+    if pa.types.is_large_list(kind) or pa.types.is_list(kind):
+        return values.cast(pa.list_(pa.string()))
+    return values
+
+
+def _jsonl_batches(path: str, names: dict[str, str], base: int, bad: BadRow, lists: bool) -> Iterator[pa.RecordBatch]:
+    for numbers, lines in _lines(path, lambda line, reason: bad(base + line, reason)):
+        positions: list[int] = []
+        columns: dict[str, list[Any]] = {ours: [] for ours in names}
+        for number, line in zip(numbers.tolist(), lines.to_pylist(), strict=True):
+            try:
+                row = json.loads(line)
+                values = [_json_value(row, ours, theirs, lists) for ours, theirs in names.items()]
+            except json.JSONDecodeError as error:
+                bad(base + number, f"not valid JSON: {error.msg} at column {error.colno}")
+                continue
+            except ValueError as error:
+                bad(base + number, str(error))
+                continue
+            positions.append(base + number)
+            for column, value in zip(columns.values(), values, strict=True):
+                column.append(value)
+        arrays = {
+            ours: pa.array(values, pa.list_(pa.string()) if lists and ours != "item" else pa.string())
+            for ours, values in columns.items()
+        }
+        yield pa.record_batch({"position": pa.array(positions, pa.int64()), **arrays})
+
+
+def _json_value(row: Any, ours: str, theirs: str, lists: bool) -> str | list[str] | None:
+    """One field of a JSON object, as text; an absent id, rating or time is the SQL's to judge."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    value = row.get(theirs)
+    if lists and ours != "item":
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(v, (int, float, str)) and not isinstance(v, bool) for v in values):
+            raise ValueError(f"field {theirs!r}: expected strings or numbers, got {str(value)[:80]}")
+        return [str(v) for v in values]
+    if value is None:
+        return None
+    allowed = (int, str) if ours in ("user", "item") else (int, float, str)
+    if isinstance(value, bool) or not isinstance(value, allowed):
+        expected = "an integer or a string" if ours in ("user", "item") else "a number"
+        raise ValueError(f"field {theirs!r}: expected {expected}, got {json.dumps(value)[:80]}")
+    return str(value)
+
+
+def _singletons(values: pa.Array) -> pa.Array:
+    """Each value as a list of itself; null as a null list."""
+    offsets = pa.array(np.arange(len(values) + 1, dtype=np.int32))
+    return pa.ListArray.from_arrays(offsets, values.cast(pa.string()))
+
+
+def _flatten_attributes(batch: pa.RecordBatch, lists: pa.Array, field: str) -> pa.RecordBatch:
+    """A row per list element that is not empty."""
+    parents = pc.list_parent_indices(lists)
+    values = pc.list_flatten(lists)
+    present = pc.fill_null(pc.not_equal(values, ""), False)
+    parents, values = parents.filter(present), values.filter(present)
+    items = batch.column("item").cast(pa.string()).take(parents)
+    return _attribute_batch(batch.column("position").take(parents), items, field, values)
+
+
+def _attribute_batch(positions: Any, items: Any, field: str, values: Any) -> pa.RecordBatch:
+    return pa.record_batch(
+        {
+            "position": pa.array(positions, pa.int64()),
+            "item": pa.array(items, pa.string()),
+            "field": pa.array([field] * len(values), pa.string()),
+            "value": pa.array(values, pa.string()),
+        }
+    )
