@@ -36,7 +36,6 @@ from s3rec_dist.data.formats import (
     read_parquet_table,
     sha256_of,
 )
-from s3rec_dist.hashing import hash64, key_of
 
 FORMAT = "s3rec_dist dataset"
 VERSION = 1
@@ -318,6 +317,8 @@ class Dataset:
         Row groups come in a fixed hashed order, so that a pool that cannot hold all of them is no
         slice of one end of the dataset. The same on every rank.
         """
+        from s3rec_dist.hashing import hash64, key_of  # imports torch, which preparing and inspecting do without
+
         keys = np.full(len(self.row_groups), key_of(0x5E6), dtype=np.int64)
         order = np.argsort(hash64(keys, np.arange(len(keys), dtype=np.int64)), kind="stable")
         pieces: list[np.ndarray] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 SHARD_SCHEMA = pa.schema([("user", pa.string()), ("items", pa.list_(pa.int32()))])
+
+
+DAMAGE = (OSError, pa.ArrowException, UnicodeDecodeError, OverflowError)
+"""What pyarrow raises on damaged files."""
 
 
 class FormatError(ValueError):
@@ -44,7 +48,7 @@ def length_counts(offsets: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 
 def write_parquet_shards(groups: Iterable[pa.RecordBatch], folder: str, groups_per_shard: int) -> list[WrittenShard]:
-    """Writes each batch as one row group, ``groups_per_shard`` a file: ``00000.parquet`` and on"""
+    """Writes each batch as one row group, ``groups_per_shard`` a file: ``00000.parquet`` and on."""
     os.makedirs(folder, exist_ok=True)
     shards: list[WrittenShard] = []
     writer: pq.ParquetWriter | None = None
@@ -102,25 +106,24 @@ def write_parquet_table(table: pa.Table, path: str) -> str:
     return sha256_of(path)
 
 
-def open_parquet(path: str, schema: pa.Schema, metadata: Any = None) -> pq.ParquetFile:
-    """Opens a Parquet file or fsspec URL whose columns are exactly ``schema``. Page checksums are verified on reading.
+@contextlib.contextmanager
+def open_parquet(path: str, schema: pa.Schema, metadata: Any = None) -> Iterator[pq.ParquetFile]:
+    """A Parquet file or fsspec URL whose columns are exactly ``schema``; page checksums are verified on reading.
 
     Raises :class:`FormatError` for another schema or a damaged file, FileNotFoundError where there is none.
     """
-    filesystem, local = fsspec.core.url_to_fs(path)
-    is_local = "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else (filesystem.protocol,))
-    source = local if is_local else filesystem.open(local, "rb")
-    try:
-        file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
-    except FileNotFoundError:
-        raise
-    except (OSError, pa.ArrowException) as error:
-        raise FormatError(f"{path}: not a readable Parquet file ({error})") from error
-    found = file.schema_arrow.remove_metadata()
-    if not plain_schema(found).equals(schema):
-        file.close()
-        raise FormatError(f"{path}: expected columns {describe(schema)}, found {describe(found)}")
-    return file
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            source = inner if "file" in filesystem.protocol else stack.enter_context(filesystem.open(inner, "rb"))
+            file = stack.enter_context(pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True))
+        except FileNotFoundError:
+            raise
+        except DAMAGE as error:
+            raise FormatError(f"{path}: not a readable Parquet file ({error})") from error
+        if not plain_schema(file.schema_arrow).equals(schema):
+            raise FormatError(f"{path}: expected columns {describe(schema)}; found {describe(file.schema_arrow)}")
+        yield file
 
 
 def read_parquet_row_group(path: str, index: int, metadata: Any = None) -> pa.RecordBatch:
@@ -128,7 +131,7 @@ def read_parquet_row_group(path: str, index: int, metadata: Any = None) -> pa.Re
     with open_parquet(path, SHARD_SCHEMA, metadata) as file:
         try:
             table = file.read_row_group(index, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
+        except DAMAGE as error:
             raise FormatError(f"{path}: row group {index} is damaged ({error})") from error
     columns = [column.chunk(0) if column.num_chunks == 1 else column.combine_chunks() for column in table.columns]
     return pa.RecordBatch.from_arrays(columns, names=table.column_names)
@@ -139,7 +142,7 @@ def read_parquet_table(path: str, schema: pa.Schema) -> pa.Table:
     with open_parquet(path, schema) as file:
         try:
             return file.read()
-        except (OSError, pa.ArrowException) as error:
+        except DAMAGE as error:
             raise FormatError(f"{path}: damaged ({error})") from error
 
 

@@ -17,8 +17,11 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import glob
+import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -122,8 +125,11 @@ class PrepareSettings:
         ):
             if getattr(self, name) < low:
                 raise PrepareError(f"{name}={getattr(self, name)}: expected at least {low}")
-        if not self.input or not self.output:
-            raise PrepareError("input and output must both be given")
+        for name in ("input", "output", "user_column", "item_column"):
+            if not getattr(self, name):
+                raise PrepareError(f"{name} is empty; it must be given")
+        if self.min_rating is not None and not math.isfinite(self.min_rating):
+            raise PrepareError(f"min_rating={self.min_rating}: expected a finite number")
         if "://" in self.output:
             raise PrepareError(f"output={self.output!r}: expected a local folder")
 
@@ -135,7 +141,7 @@ def prepare(settings: PrepareSettings, progress: Progress = lambda line: None) -
     """Writes the dataset and returns its manifest. Raises :class:`PrepareError`, leaving the output as it was."""
     try:
         source = _open_source(settings)
-        with _output_folder(settings.output, settings.overwrite) as (folder, work):
+        with _output_folder(settings.output, settings.overwrite, progress) as (folder, work):
             with _Database(settings, work) as database:
                 manifest = _build(settings, source, database, folder, progress)
             _write_manifest(manifest, folder)
@@ -644,7 +650,7 @@ def _shaping_settings(settings: PrepareSettings) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _output_folder(output: str, overwrite: bool) -> Iterator[tuple[str, str]]:
+def _output_folder(output: str, overwrite: bool, progress: Progress) -> Iterator[tuple[str, str]]:
     """(dataset folder, scratch folder) beside ``output``; the first takes its place when the block ends well."""
     output = os.path.abspath(output)
     if os.path.lexists(output) and not (os.path.isdir(output) and not os.listdir(output)):
@@ -654,6 +660,8 @@ def _output_folder(output: str, overwrite: bool) -> Iterator[tuple[str, str]]:
             raise PrepareError(f"{output}: not a dataset, so --overwrite leaves it alone; choose another output")
     parent, name = os.path.split(output)
     os.makedirs(parent, exist_ok=True)
+    for leftover in glob.glob(os.path.join(glob.escape(parent), f".{glob.escape(name)}.partial-*")):
+        progress(f"{leftover}: left by a preparation that was killed or still runs; remove it if none does")
     partial = tempfile.mkdtemp(prefix=f".{name}.partial-", dir=parent)
     try:
         folder, work = os.path.join(partial, "dataset"), os.path.join(partial, "work")
@@ -785,6 +793,7 @@ def run(args: argparse.Namespace) -> None:
     def progress(line: str) -> None:
         print(f"[{time.monotonic() - start:6.1f} s] {line}", file=sys.stderr, flush=True)
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that scratch files are removed
     manifest = prepare(settings, progress)
     print(summary(manifest, settings.output, time.monotonic() - start))
 
