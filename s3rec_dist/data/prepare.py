@@ -175,7 +175,12 @@ class _Database:
         options: dict[str, Any] = {"memory_limit": settings.memory_limit, "temp_directory": os.path.join(work, "spill")}
         if settings.threads:
             options["threads"] = settings.threads
-        self.connection = duckdb.connect(os.path.join(work, "prepare.duckdb"), config=options)
+        try:
+            self.connection = duckdb.connect(os.path.join(work, "prepare.duckdb"), config=options)
+        except duckdb.ParserException as error:
+            raise PrepareError(
+                f"memory_limit={settings.memory_limit!r}: expected a size, as in 2GB or 500MB ({error})"
+            ) from error
 
     def __enter__(self) -> _Database:
         return self
@@ -698,12 +703,12 @@ def _explain(error: Exception, settings: PrepareSettings) -> PrepareError:
             f"{settings.output}: no room on the output's disk ({first_line}); free some space or choose an output on "
             "another disk. Nothing has been changed"
         )
-    if isinstance(error, duckdb.OutOfMemoryException):
+    if isinstance(error, duckdb.OutOfMemoryException) or "Out of Memory" in text:
         return PrepareError(
             f"memory_limit={settings.memory_limit}: too small for this input ({first_line}); raise --memory-limit"
         )
     if isinstance(error, OSError):
-        return PrepareError(f"{settings.output}: {error}")
+        return PrepareError(f"{error.filename or settings.output}: {error.strerror or error}")
     return PrepareError(f"{settings.input}: DuckDB could not prepare it ({first_line})")
 
 

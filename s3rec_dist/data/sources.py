@@ -16,6 +16,7 @@ import glob
 import itertools
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -345,12 +346,18 @@ def _delimited(
     path: str, delimiter: str, quote: str | bool, names: dict[str, str], base: int, bad: BadRow
 ) -> Iterator[pa.RecordBatch]:
     """Columns ``names`` {ours: theirs} of delimited text with a header, as strings, with ``position`` = base + line."""
+    wrong: deque[Any] = deque()  # told outside pyarrow's handler, which no exception can leave
     skipped: list[int] = []
 
     def wrong_count(row: Any) -> str:
-        bad(base + row.number, f"{row.actual_columns} columns, expected {row.expected_columns}")
+        wrong.append(row)
         skipped.append(row.number)
         return "skip"
+
+    def tell() -> None:
+        while wrong:
+            row = wrong.popleft()
+            bad(base + row.number, f"{row.actual_columns} columns, expected {row.expected_columns}")
 
     theirs = list(dict.fromkeys(names.values()))
     with fsspec.open(path, "rb", compression="infer") as file:
@@ -372,16 +379,13 @@ def _delimited(
                 ),
             )
             line = 1  # the header
-            while True:
-                try:
-                    batch = reader.read_next_batch()
-                except StopIteration:
-                    return
+            for batch in reader:
+                tell()
                 lines = _surviving_lines(line, batch.num_rows, skipped)
-                if not batch.num_rows:
-                    continue
-                line = int(lines[-1])
-                yield _decode_text(batch, names, base + lines, bad)
+                if len(lines):
+                    line = int(lines[-1])
+                    yield _decode_text(batch, names, base + lines, bad)
+            tell()
         except pa.ArrowException as error:
             raise SourceError(f"{path}: cannot be read as delimited text ({error})") from error
 
