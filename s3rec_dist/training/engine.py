@@ -1,0 +1,485 @@
+"""DeepSpeed, and the only file that imports it.
+
+    world = start(config.engine)                       # torch.distributed, threads, device
+    engine = Engine(model, S3Rec.pretrain_losses, config.pretrain, config.engine, world)
+    result = engine.step(micro_batches, count=256, learning_rate=1e-3, dropout_seed=seed)
+
+One path for every world size, 1 without a launcher included. Losses are sums over a rank's samples; the
+gradient that Adam sees is that of (sum over all ranks and micro-batches) / ``count``, at any world size,
+ZeRO stage and accumulation. The learning rate is a function of the step and set from outside, so there is
+no scheduler state.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import math
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from s3rec_dist.config import ConfigError, EngineConfig, PretrainConfig, StageConfig
+
+T = TypeVar("T")
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+LARGEST_BUCKET = 50_000_000
+"""Gradient elements that ZeRO reduces at a time, at most; smaller models take one bucket of their own size."""
+
+
+class EngineError(ValueError):
+    """Processes that cannot train together; the message says what to change."""
+
+
+class LossSums(Protocol):
+    """What a model's loss function returns: sums over the batch (see ``model.s3rec.Losses``)."""
+
+    @property
+    def total(self) -> torch.Tensor: ...
+    @property
+    def terms(self) -> dict[str, torch.Tensor]: ...
+    @property
+    def counts(self) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+
+def start(config: EngineConfig) -> World:
+    """Joins the processes that a launcher started (deepspeed, torchrun), or starts a world of one.
+
+    Sets the CPU threads and chooses the device. May be called again in the same process.
+    """
+    on_cpu = config.device == "cpu" or (
+        config.device == "auto" and (os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available())
+    )
+    if not on_cpu and not torch.cuda.is_available():
+        raise ConfigError("engine.device=cuda, but torch finds no GPU here; use engine.device=auto or cpu")
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    launched = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    if not launched and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise EngineError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT "
+            "are not all set; start with deepspeed or torchrun"
+        )
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
+    if not on_cpu:
+        torch.cuda.set_device(device)
+
+    _import_deepspeed()
+    if not dist.is_initialized():
+        backend = "gloo" if on_cpu else "nccl"
+        if launched:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(_leave)
+    _import_deepspeed().init_distributed(auto_mpi_discovery=False, verbose=False)
+    return World(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def _import_deepspeed() -> Any:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed")
+    # Its shared-memory all-reduce compiles for half a minute and leaves files in /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's ``value``, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that fails on every rank where it fails on one, with the first failing rank's exception.
+
+    Without it, the other ranks would wait for the failed one in their next collective. The block itself
+    may hold no collective that only some ranks reach.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    errors = gather(_portable(error))
+    if error is not None:
+        raise error
+    if (first := next((e for e in errors if e is not None), None)) is not None:
+        raise first
+
+
+def on_rank_zero(function: Callable[[], T]) -> T:
+    """Runs ``function`` on rank 0 alone; every rank gets its result or its exception."""
+    results: list[T] = []
+    with together():
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            results.append(function())
+    return gather(results)[0][0]
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """The exception as other ranks can raise it."""
+    if error is None:
+        return None
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def learning_rate(stage: StageConfig, step: int, total_steps: int) -> float:
+    """The learning rate of step 0, 1, ... of ``total_steps``: a linear rise over the warm-up, whose first step
+    has 1/warmup of the peak, then constant, or falling to what would be 0 at step ``total_steps``."""
+    if step < stage.warmup_steps:
+        return stage.learning_rate * (step + 1) / stage.warmup_steps
+    if stage.schedule == "constant":
+        return stage.learning_rate
+    progress = min((step - stage.warmup_steps) / max(total_steps - stage.warmup_steps, 1), 1.0)
+    left = 1 - progress if stage.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return stage.learning_rate * left
+
+
+def deepspeed_config(stage: StageConfig, config: EngineConfig, world: World) -> tuple[dict[str, Any], Precision]:
+    """DeepSpeed's settings for a stage, the user's own file merged in, and the precision.
+
+    Raises :class:`ConfigError` where that file contradicts a setting of ours.
+    """
+    section = "pretrain" if isinstance(stage, PretrainConfig) else "finetune"
+    path = config.deepspeed_config
+    theirs = _read_json(path) if path else {}
+    precision = _resolve_precision(config, world.device, theirs)
+    micro_batch = max(stage.batch_size // (world.size * stage.gradient_accumulation), 1)
+    derived = f"{section}.batch_size / (ranks * {section}.gradient_accumulation)"
+    ours: dict[str, tuple[Any, str]] = {
+        "train_batch_size": (stage.batch_size, f"{section}.batch_size"),
+        "train_micro_batch_size_per_gpu": (micro_batch, derived),
+        "gradient_accumulation_steps": (stage.gradient_accumulation, f"{section}.gradient_accumulation"),
+        "gradient_clipping": (stage.gradient_clipping, f"{section}.gradient_clipping"),
+        "zero_optimization.stage": (config.zero_stage, "engine.zero_stage"),
+        "bf16.enabled": (precision == "bf16", "engine.precision=bf16"),
+        "fp16.enabled": (precision == "fp16", "engine.precision=fp16"),
+        "torch_autocast.enabled": (False, "torch_autocast, which this program leaves to engine.precision"),
+        "optimizer.type": ("Adam", "the optimizer"),
+        "optimizer.params.lr": (stage.learning_rate, f"{section}.learning_rate"),
+        "optimizer.params.betas": (list(stage.adam_betas), f"{section}.adam_betas"),
+        "optimizer.params.eps": (stage.adam_eps, f"{section}.adam_eps"),
+        "optimizer.params.weight_decay": (stage.weight_decay, f"{section}.weight_decay"),
+    }
+    merged = _without_auto(theirs)
+    for key, (value, setting) in ours.items():
+        found = _look_up(merged, key)
+        if found is not None and found != value:
+            raise ConfigError(
+                f"{path}: {key}={found!r} contradicts {setting}, which is {value!r} here; "
+                f"make them agree, or leave {key} out of the file"
+            )
+    if "scheduler" in merged:
+        raise ConfigError(
+            f"{path}: 'scheduler' contradicts {section}.schedule={stage.schedule}; "
+            f"take it out and set {section}.schedule and {section}.warmup_steps"
+        )
+    for key in ("optimizer", "torch_autocast", "train_batch_size"):
+        merged.pop(key, None)
+    for key, (value, _) in ours.items():
+        if not key.startswith(("optimizer", "torch_autocast", "train_batch_size")):
+            _put(merged, key, value)
+    if "offload_optimizer" in merged["zero_optimization"]:
+        merged.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's Adam will do
+    timers = merged.setdefault("timers", {})
+    timers.setdefault("throughput", {"enabled": False})  # it would wait for the GPU at every step
+    return merged, precision
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"engine.deepspeed_config={path}: cannot read the file ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"engine.deepspeed_config={path}: not valid JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"engine.deepspeed_config={path}: expected a JSON object, got {type(tree).__name__}")
+    return tree
+
+
+def _resolve_precision(config: EngineConfig, device: torch.device, theirs: dict[str, Any]) -> Precision:
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    precision: Precision
+    if config.precision != "auto":
+        precision = config.precision
+    elif _look_up(theirs, "fp16.enabled") is True:
+        precision = "fp16"
+    elif _look_up(theirs, "bf16.enabled") is True:
+        precision = "bf16"
+    else:
+        precision = "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("fp16 does not run on CPU, which has no fp16 arithmetic; use engine.precision=bf16 or fp32")
+    if precision == "fp16" and config.zero_stage == 0:
+        raise ConfigError(
+            "engine.precision=fp16 with engine.zero_stage=0: DeepSpeed does not scale the loss there; "
+            "use engine.zero_stage=1 or bf16"
+        )
+    if precision == "bf16" and not has_bf16:
+        raise ConfigError("engine.precision=bf16, but this GPU has no bf16 arithmetic; use fp16 or fp32")
+    return precision
+
+
+def _without_auto(tree: dict[str, Any]) -> dict[str, Any]:
+    """A copy without the settings that are ``"auto"``: ours, or DeepSpeed's defaults, take their place."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if value != "auto"
+    }
+
+
+def _look_up(tree: dict[str, Any], key: str) -> Any:
+    node: Any = tree
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[leaf] = value
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step."""
+
+    losses: list[LossSums]
+    """This rank's loss sums, one for each micro-batch, still on the device."""
+    gradient_norm: float | None
+    """Global norm before clipping, where it was asked for."""
+
+
+class Engine:
+    """A model in training. ``losses(model, batch, dropout_seed)`` gives a micro-batch's loss sums."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        losses: Callable[[Any, Any, int | None], LossSums],
+        stage: StageConfig,
+        config: EngineConfig,
+        world: World,
+    ) -> None:
+        self.model, self.world, self.zero_stage = model, world, config.zero_stage
+        settings, self.precision = deepspeed_config(stage, config, world)
+        elements = sum(p.numel() for p in model.parameters())
+        bucket = min(elements, LARGEST_BUCKET)
+        settings["zero_optimization"].setdefault("reduce_bucket_size", bucket)
+        self._accumulation = stage.gradient_accumulation
+        self._forward = _Forward(model.to(world.device), losses)
+        optimizer = torch.optim.Adam(
+            model.parameters(),
+            lr=stage.learning_rate,
+            betas=stage.adam_betas,
+            eps=stage.adam_eps,
+            weight_decay=stage.weight_decay,
+            fused=True,
+        )
+        try:
+            self._deepspeed, *_ = _import_deepspeed().initialize(
+                model=self._forward, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            if config.deepspeed_config:
+                raise ConfigError(f"{config.deepspeed_config}: DeepSpeed does not accept it: {error}") from error
+            raise
+        self._plain = config.zero_stage == 0 and self.precision == "fp32"
+        if config.zero_stage == 0 and self.precision == "bf16":
+            optimizer.state.clear()  # DeepSpeed has taken a step with zero gradients, which spoils Adam's first ones
+        if config.zero_stage == 0 and world.size == 1:
+            self._deepspeed.enable_backward_allreduce = False  # nothing to sum, and the copies cost milliseconds
+        self._written: list[Path] = []
+        self._write_error: Exception | None = None
+        writer = self._deepspeed.checkpoint_engine
+        writer.save = self._write_shard
+        writer.makedirs = self._make_folder
+        self._deepspeed._copy_recovery_script = lambda folder: None  # model.safetensors is there instead
+        self._fp32_copy: nn.Module | None = None
+
+    def step(
+        self,
+        batches: Sequence[Any],
+        *,
+        count: float | torch.Tensor,
+        learning_rate: float,
+        dropout_seed: int | None = None,
+        with_norm: bool = False,
+    ) -> StepResult:
+        """Trains on this rank's micro-batches, as many as ``gradient_accumulation``, some perhaps empty.
+
+        ``count`` is what the loss is divided by: the samples or positions of the global batch.
+        """
+        if len(batches) != self._accumulation:
+            raise ValueError(f"expected {self._accumulation} micro-batches, got {len(batches)}")
+        engine = self._deepspeed
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        engine.train()
+        scale = self.world.size / count  # DeepSpeed averages over the ranks
+        losses = []
+        norm: Any = None
+        for i, batch in enumerate(batches):
+            loss = engine(batch, dropout_seed)
+            losses.append(self._forward.take())
+            # A new tensor: on the forward's own output, DeepSpeed divides by the accumulation all the same.
+            engine.backward(loss * scale, scale_wrt_gas=False)
+            if with_norm and self._plain and i == len(batches) - 1:
+                norm = _norm_of(self.model)
+            engine.step()
+        if with_norm:
+            norm = float(norm if self._plain else engine.get_global_grad_norm())
+        return StepResult(losses, norm)
+
+    def fp32_weights(self, *, everywhere: bool = False) -> dict[str, torch.Tensor]:
+        """The master weights under the model's own names, on CPU; only rank 0 has them unless ``everywhere``.
+
+        All ranks must call it: shards are gathered one tensor at a time.
+        """
+        keep = everywhere or self.world.rank == 0
+        weights = {}
+        for name, parameter in self.model.named_parameters():
+            full = self._master_weight(parameter)
+            if keep:
+                weights[name] = full.detach().float().cpu().clone()
+        parameters = dict(self.model.named_parameters())
+        for name, value in self.model.state_dict().items():
+            if name not in parameters and keep:
+                weights[name] = value.detach().cpu().clone()
+        return weights
+
+    def _master_weight(self, parameter: nn.Parameter) -> torch.Tensor:
+        optimizer = self._deepspeed.optimizer
+        if self.zero_stage == 0 and self.precision != "fp32":
+            for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                for mine, master in zip(low, high, strict=True):
+                    if mine is parameter:
+                        return master
+        if self.zero_stage == 3 or (self.zero_stage and self.precision != "fp32"):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            full: torch.Tensor = safe_get_full_fp32_param(parameter)
+            return full
+        return parameter
+
+    def whole_model(self, make: Callable[[], nn.Module]) -> nn.Module:
+        """A model with the whole fp32 weights on this rank, for evaluation: the trained one where it is whole and
+        fp32, else one from ``make``, which is kept and refreshed. All ranks must call it."""
+        if self.precision == "fp32" and self.zero_stage < 3:
+            return self.model
+        if self._fp32_copy is None:
+            self._fp32_copy = make().to(self.world.device)
+        self._fp32_copy.load_state_dict(self.fp32_weights(everywhere=True))
+        return self._fp32_copy
+
+    def save_shards(self, folder: Path) -> list[Path]:
+        """Writes DeepSpeed's state into ``folder``, synced to disk; returns the files that this rank wrote.
+
+        All ranks must call it. A write that fails on one rank raises on that rank, after every rank is done.
+        """
+        self._written, self._write_error = [], None
+        self._deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        if self._write_error is not None:
+            raise self._write_error
+        return self._written
+
+    def load_shards(self, folder: Path) -> None:
+        """Restores what :meth:`save_shards` wrote, at the same world size and settings."""
+        path, _ = self._deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise EngineError(f"{folder}: DeepSpeed found no checkpoint in it")
+
+    def _write_shard(self, state_dict: Any, path: str) -> None:
+        """Takes the place of DeepSpeed's writer. An exception here would leave the other ranks waiting in the
+        barrier that follows, so it is kept for :meth:`save_shards`."""
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
+            self._written.append(Path(path))
+        except Exception as error:
+            self._write_error = error
+
+    def _make_folder(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            os.makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self._write_error = error
+
+    def close(self) -> None:
+        """Lets go of the model's hooks and buffers."""
+        self._deepspeed.destroy()
+        self._fp32_copy = None
+
+
+class _Forward(nn.Module):
+    """The loss function as a module's forward, which is what DeepSpeed trains."""
+
+    def __init__(self, model: nn.Module, losses: Callable[[Any, Any, int | None], LossSums]) -> None:
+        super().__init__()
+        self.model = model
+        self._losses = losses
+        self._last: LossSums | None = None
+
+    def forward(self, batch: Any, dropout_seed: int | None) -> torch.Tensor:
+        self._last = self._losses(self.model, batch, dropout_seed)
+        return self._last.total
+
+    def take(self) -> LossSums:
+        """The loss sums of the last forward pass."""
+        last, self._last = self._last, None
+        assert last is not None
+        return last
+
+
+def _norm_of(model: nn.Module) -> torch.Tensor:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
