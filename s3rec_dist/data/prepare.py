@@ -212,23 +212,16 @@ class _Database:
 
     def load(self, table: str, columns: dict[str, str], batches: Iterator[pa.RecordBatch]) -> None:
         """Fills a new table; ``columns`` says its types where no batch comes."""
-        cursor = self.connection.cursor()
-        cursor.execute("BEGIN")
         made = False
-        for batch in batches:
-            cursor.register("batch", pa.Table.from_batches([batch]))
+        for batch in batches:  # a commit each: DuckDB holds open transactions in memory, outside its limit
+            self.connection.register("batch", pa.Table.from_batches([batch]))
             names = ", ".join(batch.schema.names)
-            if made:
-                cursor.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM batch")
-            else:
-                cursor.execute(f"CREATE TABLE {table} AS SELECT {names} FROM batch")
-                made = True
-            cursor.unregister("batch")
+            head = f"INSERT INTO {table} ({names})" if made else f"CREATE TABLE {table} AS"
+            self.run(f"{head} SELECT {names} FROM batch")
+            self.connection.unregister("batch")
+            made = True
         if not made:
-            declared = ", ".join(f"{name} {kind}" for name, kind in columns.items())
-            cursor.execute(f"CREATE TABLE {table} ({declared})")
-        cursor.execute("COMMIT")
-        cursor.close()
+            self.run(f"CREATE TABLE {table} ({', '.join(f'{name} {kind}' for name, kind in columns.items())})")
 
 
 class _BadRows:
