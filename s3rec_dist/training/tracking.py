@@ -1,0 +1,272 @@
+"""Where a run's numbers go: metrics.jsonl, the terminal and W&B, behind one small interface.
+
+    tracker = open_tracker(config, "pretrain", folder, world)
+    tracker.log({"train/loss": 1.2}, step=50)
+    tracker.event("checkpoint", tag="step-00000050")
+
+``metrics.jsonl`` is the record: one JSON object a line, flushed as it is written, and appended to when a
+run resumes (a step that was trained twice has two lines; the later one counts). W&B and the terminal show
+the same numbers and can never stop a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from s3rec_dist.config import Config, to_dict
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Tracker:
+    """Takes a run's numbers; this one drops them."""
+
+    def begin(self, *, step: int, total_steps: int) -> None:
+        """Training goes on from ``step`` of ``total_steps``."""
+
+    def progress(self, step: int) -> None:
+        """``step`` steps are done; cheap enough for every step."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Numbers after ``step`` steps, under names such as train/loss and validation/NDCG@10."""
+
+    def event(self, name: str, **facts: Any) -> None:
+        """Something that happened once: start, resume, checkpoint, best, stop, ..."""
+
+    def finish(self, status: str = "finished") -> None:
+        """The run is over: ``finished`` or ``failed``."""
+
+
+class Trackers(Tracker):
+    """Several trackers as one."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = list(trackers)
+
+    def begin(self, *, step: int, total_steps: int) -> None:
+        for tracker in self._trackers:
+            tracker.begin(step=step, total_steps=total_steps)
+
+    def progress(self, step: int) -> None:
+        for tracker in self._trackers:
+            tracker.progress(step)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log(metrics, step)
+
+    def event(self, name: str, **facts: Any) -> None:
+        for tracker in self._trackers:
+            tracker.event(name, **facts)
+
+    def finish(self, status: str = "finished") -> None:
+        for tracker in self._trackers:
+            tracker.finish(status)
+
+
+class JsonlTracker(Tracker):
+    """Appends to a file: ``{"time", "step", <metrics>}`` and ``{"time", "event", <facts>}``."""
+
+    def __init__(self, path: Path) -> None:
+        _drop_torn_line(path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by finish)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._write({"step": step, **metrics})
+
+    def event(self, name: str, **facts: Any) -> None:
+        self._write({"event": name, **facts})
+
+    def finish(self, status: str = "finished") -> None:
+        if not self._file.closed:
+            with contextlib.suppress(OSError):  # a full disk has been reported by then
+                self.event("end", status=status)
+                self._file.close()
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
+        self._file.flush()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cuts a last line that a crash left without its end."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        text = file.read()
+        file.truncate(text.rfind(b"\n") + 1)
+
+
+class TerminalTracker(Tracker):
+    """A live progress bar where the output is a terminal, else a line for each log."""
+
+    def __init__(self, title: str, console: Console | None = None) -> None:
+        self._title = title
+        self._console = console or Console(stderr=True, highlight=False)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._started, self._first_step, self._total = time.monotonic(), 0, 0
+
+    def begin(self, *, step: int, total_steps: int) -> None:
+        self._started, self._first_step, self._total = time.monotonic(), step, total_steps
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=self._console,
+                refresh_per_second=4,
+                transient=False,
+            )
+            self._task = self._progress.add_task(self._title, total=total_steps, completed=step, numbers="")
+            self._progress.start()
+
+    def progress(self, step: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        numbers = _in_words(metrics)
+        if self._progress is not None and "train/loss" in metrics:
+            self._progress.update(self._task, numbers=numbers)
+        else:
+            left = "" if "train/loss" not in metrics else f", {self._time_left(step)} left"
+            self._console.print(f"{self._title} {step}/{self._total}{left}: {numbers}", soft_wrap=True, markup=False)
+
+    def event(self, name: str, **facts: Any) -> None:
+        if name in ("checkpoint", "end"):
+            return
+        details = ", ".join(f"{key} {value}" for key, value in facts.items())
+        self._console.print(f"{self._title} {name.replace('_', ' ')}: {details}", soft_wrap=True, markup=False)
+
+    def finish(self, status: str = "finished") -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._first_step
+        seconds = (time.monotonic() - self._started) / max(done, 1) * max(self._total - step, 0)
+        minutes, seconds = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _in_words(metrics: Mapping[str, float]) -> str:
+    """The numbers worth a look while waiting, on one line."""
+    hidden = ("train/tokens_per_second", "train/data_wait", "train/memory_mb", "train/device_memory_mb")
+    words = []
+    for name, value in metrics.items():
+        short = name.partition("/")[2] or name
+        if name == "train/samples_per_second":
+            words.append(f"{value:,.0f} samples/s")
+        elif name not in hidden:
+            words.append(f"{short} {value:.4g}")
+    return "  ".join(words)
+
+
+class WandbTracker(Tracker):
+    """Weights & Biases, online or offline. Whatever it raises is told once; the run goes on without it."""
+
+    def __init__(self, config: Config, stage: str, folder: Path) -> None:
+        self._run: Any = None
+        self._on = True
+        self._guard(lambda: self._start(config, stage, folder))
+
+    def _start(self, config: Config, stage: str, folder: Path) -> None:
+        import wandb
+
+        name = config.tracking.name or Path(config.output).name
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+        self._run = wandb.init(
+            project=config.tracking.project,
+            entity=config.tracking.entity or None,
+            name=f"{name}/{stage}",
+            group=name,
+            job_type=stage,
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            mode=config.tracking.wandb,
+            dir=str(folder),
+            config=to_dict(config),
+            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+        )
+        # Our own step counts: W&B's would refuse the steps that a resumed run trains again.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._guard(lambda: self._run.log({"step": step, **metrics}))
+
+    def event(self, name: str, **facts: Any) -> None:
+        if name == "best":
+            self._guard(lambda: self._run.summary.update({f"best/{key}": value for key, value in facts.items()}))
+
+    def finish(self, status: str = "finished") -> None:
+        self._guard(lambda: self._run.finish(exit_code=0 if status == "finished" else 1))
+        self._on = False
+
+    def _guard(self, call: Callable[[], Any]) -> None:
+        if not self._on:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._on = False
+            warnings.warn(f"W&B is off for the rest of this run, metrics.jsonl has everything: {error}")
+
+
+def open_tracker(config: Config, stage: str, folder: Path, rank: int = 0) -> Tracker:
+    """What ``config.tracking`` asks for, on rank 0; elsewhere a tracker that does nothing."""
+    if rank != 0:
+        return Tracker()
+    trackers: list[Tracker] = [JsonlTracker(folder / METRICS_FILE), TerminalTracker(stage)]
+    if config.tracking.wandb != "disabled":
+        trackers.append(WandbTracker(config, stage, folder))
+    return Trackers(trackers)
+
+
+def peak_memory_mb() -> float:
+    """This process's largest resident memory so far, in MiB."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl, oldest first; of a step that was logged twice with the same names, the later."""
+    entries: dict[Any, dict[str, Any]] = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file):
+            entry = json.loads(line)
+            key = number if "event" in entry else (entry["step"], *sorted(entry))
+            entries.pop(key, None)
+            entries[key] = entry
+    return list(entries.values())
