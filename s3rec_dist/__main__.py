@@ -49,9 +49,9 @@ def _training_stage(stage: str) -> Callable[..., Run]:
 
     def build(parser: argparse.ArgumentParser) -> Run:
         parser.add_argument("--config", metavar="FILE", help="YAML file of settings (default: every setting's default)")
-        parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
+        parser.add_argument("--print-config", action="store_true", help="print the resolved settings and stop")
         parser.add_argument(
-            "--no_resume",
+            "--no-resume",
             action="store_true",
             help="start over; without it, training goes on from the newest checkpoint in the output folder",
         )
@@ -141,7 +141,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
-    arguments = _without_local_rank(sys.argv[1:] if argv is None else list(argv))
+    arguments = _normalised(sys.argv[1:] if argv is None else list(argv))
     try:
         if not arguments or arguments[0].startswith("-"):
             parser = _overview()
@@ -207,14 +207,18 @@ def _overview() -> argparse.ArgumentParser:
     return parser
 
 
-def _without_local_rank(arguments: list[str]) -> list[str]:
-    """Drops ``--local_rank N``, which launchers put before the command; the environment's LOCAL_RANK says the same."""
+def _normalised(arguments: list[str]) -> list[str]:
+    """Options with dashes (``--print_config`` is ``--print-config``), and without the ``--local_rank N`` that launchers
+    put before the command; the environment's LOCAL_RANK says the same."""
     kept: list[str] = []
     skip = False
     for argument in arguments:
-        if not skip and not re.match(r"--local[_-]rank(=|$)", argument):
+        option = argument.partition("=")[0]
+        if re.fullmatch("--[a-z_]+", option):
+            argument = option.replace("_", "-") + argument[len(option) :]
+        if not skip and not re.match("--local-rank(=|$)", argument):
             kept.append(argument)
-        skip = argument in ("--local_rank", "--local-rank")
+        skip = argument == "--local-rank"
     return kept
 
 
