@@ -137,8 +137,11 @@ def _write(path: Path, text: str) -> None:
 def _point(path: Path, tag: str) -> None:
     """Moves ``latest`` or ``best`` to another tag, atomically."""
     draft = path.with_name(f".{path.name}")
-    _write(draft, tag)
-    draft.replace(path)
+    try:
+        _write(draft, tag)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
     sync_file(str(path.parent))
 
 

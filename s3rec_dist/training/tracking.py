@@ -154,8 +154,8 @@ class TerminalTracker(Tracker):
         if self._progress is not None and "train/loss" in metrics:
             self._progress.update(self._task, numbers=numbers)
         else:
-            left = "" if "train/loss" not in metrics else f", {self._time_left(step)} left"
-            self._console.print(f"{self._title} {step}/{self._total}{left}: {numbers}", soft_wrap=True, markup=False)
+            what = f"{self._time_left(step)} left" if "train/loss" in metrics else next(iter(metrics), "").split("/")[0]
+            self._console.print(f"{self._title} {step}/{self._total}, {what}: {numbers}", soft_wrap=True, markup=False)
 
     def event(self, name: str, **facts: Any) -> None:
         if name in ("checkpoint", "end"):
