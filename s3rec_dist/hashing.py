@@ -48,8 +48,8 @@ def key_of(*parts: int) -> int:
 
 
 def uniform_below(bits: IntArray, bound: IntArray | int) -> IntArray:
-    """Uniform integers in [0, bound) from the high 32 bits of ``bits`` (bound < 2^31, bias below bound / 2^32)."""
-    return (((bits >> 32) & _LOW_32) * bound) >> 32
+    """Uniform integers in [0, bound), for a positive ``bound``; the bias is below bound / 2^64."""
+    return bits % bound
 
 
 def _wrap(value: int) -> int:

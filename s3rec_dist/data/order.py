@@ -1,0 +1,172 @@
+"""The order of samples, as pure functions of (seed, epoch, step, world size).
+
+An epoch lays the dataset's row groups end to end in a shuffled order, which numbers every sample with
+a *position* 0..N-1, and cuts the positions into ``streams`` equal parts. Inside a stream, windows of
+positions are shuffled. Global batch ``k`` takes the same count from every stream; rank ``r`` of ``W``
+serves the streams ``s`` with ``s % W == r``. So any world size that divides ``streams`` sees the same
+global batches, a run resumes from its step number alone, and every sample is seen once an epoch; the
+last batch is short, and a rank may have no sample in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from s3rec_dist.hashing import hash64, key_of, uniform_below
+
+MAX_STREAMS = 64
+
+_GROUPS, _WINDOW, _PREFIX = 1, 2, 3  # what a key is for
+
+
+class OrderError(ValueError):
+    """Streams, batch size and world size that do not fit each other."""
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """Which samples a row yields; a sample is (row, prefix end) and is never materialised.
+
+    The newest ``holdout`` items of a row are kept for validation and test. Of what is left, the newest
+    ``max_items`` are its window. ``all_prefixes`` yields every prefix of the window with at least
+    ``min_items`` items, ``full_sequence`` the window alone, and ``one_random_prefix`` a prefix drawn
+    anew each epoch.
+    """
+
+    samples: str
+    max_items: int
+    min_items: int = 1
+    holdout: int = 2
+
+    def windows(self, lengths: np.ndarray) -> np.ndarray:
+        """Items in the window of rows with these full lengths."""
+        return np.clip(lengths - self.holdout, 0, self.max_items)
+
+    def counts(self, lengths: np.ndarray) -> np.ndarray:
+        """Samples an epoch takes from rows with these full lengths."""
+        prefixes = np.maximum(self.windows(lengths) - self.min_items + 1, 0)
+        return prefixes if self.samples == "all_prefixes" else np.minimum(prefixes, 1)
+
+    def sample_lengths(self, windows: np.ndarray, which: np.ndarray, rows: np.ndarray, key: int) -> np.ndarray:
+        """Items in sample number ``which`` of each row, given the rows' windows and global row numbers."""
+        if self.samples == "all_prefixes":
+            return which + self.min_items
+        if self.samples == "full_sequence":
+            return windows
+        drawn = hash64(rows.astype(np.int64), key)
+        return self.min_items + uniform_below(drawn, windows - self.min_items + 1)
+
+
+def choose_streams(batch_size: int, streams: int = 0) -> int:
+    """``streams`` where given, else the largest divisor of the batch size up to 64."""
+    if streams == 0:
+        return next(s for s in range(min(batch_size, MAX_STREAMS), 0, -1) if batch_size % s == 0)
+    if batch_size % streams:
+        raise OrderError(f"streams={streams} does not divide batch_size={batch_size}; choose a divisor or 0")
+    return streams
+
+
+def check_world(streams: int, world_size: int) -> None:
+    """Raises :class:`OrderError` unless the streams can be dealt evenly to the ranks."""
+    if streams % world_size:
+        usable = ", ".join(str(w) for w in range(1, streams + 1) if streams % w == 0)
+        raise OrderError(
+            f"streams={streams} cannot be divided over {world_size} ranks; use {usable} ranks, "
+            "or another batch size or data.streams"
+        )
+
+
+@dataclass(frozen=True)
+class EpochOrder:
+    """One epoch's order. ``groups[i]`` is the i-th row group read; its samples have the positions
+    ``bounds[i]`` to ``bounds[i+1] - 1``."""
+
+    groups: np.ndarray
+    bounds: np.ndarray
+    streams: int
+    batch_size: int
+    window: int
+    window_key: int
+    prefix_key: int
+
+    @property
+    def samples(self) -> int:
+        """Samples in the epoch."""
+        return int(self.bounds[-1])
+
+    @property
+    def per_stream(self) -> int:
+        """Samples a full batch takes from each stream."""
+        return self.batch_size // self.streams
+
+    @property
+    def steps(self) -> int:
+        """Global batches in the epoch, the short one included."""
+        longest = -(-self.samples // self.streams)
+        return -(-longest // self.per_stream)
+
+    def stream_bounds(self) -> np.ndarray:
+        """Stream s holds the positions ``[s]`` to ``[s + 1] - 1`` of this [streams + 1] array."""
+        return np.arange(self.streams + 1, dtype=np.int64) * self.samples // self.streams
+
+    def batch_samples(self, step: int) -> int:
+        """Samples of global batch ``step`` over all ranks."""
+        lengths = np.diff(self.stream_bounds())
+        return int(np.clip(lengths - step * self.per_stream, 0, self.per_stream).sum())
+
+    def batch_positions(self, first: int, last: int, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's positions in batches ``first`` to ``last - 1``, batch by batch.
+
+        Returns (positions, offsets): batch ``first + i`` is ``positions[offsets[i]:offsets[i + 1]]``.
+        The batches must lie in one window (see :meth:`window_end`).
+        """
+        window = first // self._window_steps
+        bounds = self.stream_bounds()
+        streams = np.arange(rank, self.streams, world_size)
+        start = bounds[streams] + window * self._window_steps * self.per_stream
+        size = np.clip(bounds[streams + 1] - start, 0, self._window_steps * self.per_stream)  # [S]
+        widest = int(size.max(initial=0))
+        place = np.arange(widest, dtype=np.int64)
+        keys = hash64(streams.astype(np.int64) * (1 << 32) + window, self.window_key)[:, None]
+        draw = hash64(keys, place[None, :]) >> 1 & (1 << 62) - 1
+        draw[place[None, :] >= size[:, None]] = 1 << 62  # absent places sort last
+        shuffled = np.argsort(draw, axis=1, kind="stable")  # [S, widest]
+        skip = (first - window * self._window_steps) * self.per_stream
+        stop = min((last - window * self._window_steps) * self.per_stream, widest)
+        taken = np.arange(skip, stop)
+        kept = (taken[None, :] < size[:, None]).reshape(len(streams), -1)
+        positions = start[:, None] + shuffled[:, skip:stop]
+        batch = np.broadcast_to((taken - skip) // self.per_stream, positions.shape)
+        positions, batch = positions[kept], batch[kept]  # stream by stream
+        by_batch = np.argsort(batch, kind="stable")
+        offsets = np.searchsorted(batch[by_batch], np.arange(last - first + 1))
+        return positions[by_batch], offsets
+
+    def window_end(self, step: int) -> int:
+        """The first step after the window that ``step`` lies in."""
+        return min((step // self._window_steps + 1) * self._window_steps, self.steps)
+
+    @property
+    def _window_steps(self) -> int:
+        return max(self.window // self.per_stream, 1)
+
+
+def epoch_order(
+    group_samples: np.ndarray, *, seed: int, epoch: int, streams: int, batch_size: int, window: int
+) -> EpochOrder:
+    """The order of an epoch over row groups that yield ``group_samples`` [G] samples each."""
+    shuffle = hash64(np.arange(len(group_samples), dtype=np.int64), key_of(seed, epoch, _GROUPS))
+    groups = np.argsort(shuffle, kind="stable")
+    bounds = np.zeros(len(groups) + 1, dtype=np.int64)
+    np.cumsum(group_samples[groups], out=bounds[1:])
+    return EpochOrder(
+        groups=groups,
+        bounds=bounds,
+        streams=streams,
+        batch_size=batch_size,
+        window=window,
+        window_key=key_of(seed, epoch, _WINDOW),
+        prefix_key=key_of(seed, epoch, _PREFIX),
+    )

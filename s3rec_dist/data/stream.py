@@ -1,0 +1,234 @@
+"""Streams packed batches of a dataset: ``order`` says which samples, threads read and pack ahead.
+
+    stream = Stream(dataset, spec, batch_size=256, streams=64, seed=42, rank=0, world_size=1)
+    for packed in stream.iterate(epoch=0, start_step=120):
+        ...
+
+Its only state is the step number. Batches are packed many at a time, so that one batch is a slice of
+tensors that are already there.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+import torch
+
+from s3rec_dist.data.dataset import SAMPLE_END_BITS, Dataset
+from s3rec_dist.data.order import EpochOrder, SampleSpec, check_world, choose_streams, epoch_order
+
+CHUNK_SAMPLES = 16384
+"""Samples packed in one go, at least one batch."""
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """B sequences laid end to end. B and T may be 0."""
+
+    items: torch.Tensor
+    """Item ids, int32 [T]."""
+    offsets: torch.Tensor
+    """Sequence b is ``items[offsets[b]:offsets[b + 1]]``, int32 [B + 1]."""
+    sample_ids: torch.Tensor
+    """row << 24 | prefix end, int64 [B]: what a sample's random draws are hashed from."""
+    max_length: int
+    """Longest sequence."""
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def to(self, device: torch.device) -> PackedSequences:
+        """The same sequences on ``device``."""
+        return PackedSequences(
+            self.items.to(device, non_blocking=True),
+            self.offsets.to(device, non_blocking=True),
+            self.sample_ids.to(device, non_blocking=True),
+            self.max_length,
+        )
+
+    def split(self, parts: int) -> list[PackedSequences]:
+        """``parts`` consecutive pieces of near-equal sample counts, some perhaps empty."""
+        cuts = [len(self) * i // parts for i in range(parts + 1)]
+        return [self._slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+
+    def _slice(self, first: int, last: int) -> PackedSequences:
+        start, stop = int(self.offsets[first]), int(self.offsets[last])
+        offsets = self.offsets[first : last + 1] - start
+        return PackedSequences(self.items[start:stop], offsets, self.sample_ids[first:last], self.max_length)
+
+
+class Stream:
+    """This rank's part of every global batch, in order. See the module's docstring.
+
+    Raises :class:`~s3rec_dist.data.order.OrderError` where streams, batch size and world size do not fit.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        spec: SampleSpec,
+        *,
+        batch_size: int,
+        seed: int,
+        streams: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle_window: int = 8192,
+        prefetch_threads: int = 2,
+        cache_bytes: int = 256 << 20,
+    ) -> None:
+        self.dataset, self.spec = dataset, spec
+        self.batch_size, self.seed = batch_size, seed
+        self.streams = choose_streams(batch_size, streams)
+        check_world(self.streams, world_size)
+        self.rank, self.world_size, self.shuffle_window = rank, world_size, shuffle_window
+        counts = [
+            spec.counts(np.array([length for length, _ in group.length_counts], dtype=np.int64))
+            @ np.array([rows for _, rows in group.length_counts], dtype=np.int64)
+            for _, _, _, group in dataset.row_groups
+        ]
+        self._group_samples = np.array(counts, dtype=np.int64)
+        self._groups = _GroupCache(dataset, spec, cache_bytes)
+        self._threads = prefetch_threads
+        self._pool = ThreadPoolExecutor(prefetch_threads, thread_name_prefix="s3rec-stream")
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples of one epoch over all ranks."""
+        return int(self._group_samples.sum())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches of one epoch, the short one included."""
+        return self.order(0).steps
+
+    def order(self, epoch: int) -> EpochOrder:
+        """The epoch's order."""
+        return epoch_order(
+            self._group_samples,
+            seed=self.seed,
+            epoch=epoch,
+            streams=self.streams,
+            batch_size=self.batch_size,
+            window=self.shuffle_window,
+        )
+
+    def iterate(self, epoch: int, start_step: int = 0) -> Iterator[PackedSequences]:
+        """This rank's part of batches ``start_step``, ``start_step + 1``, ... to the end of the epoch."""
+        order = self.order(epoch)
+        chunk_steps = max(CHUNK_SAMPLES * self.world_size // self.batch_size, 1)
+        pending: deque[Future[list[PackedSequences]]] = deque()
+        step = start_step
+        try:
+            while pending or step < order.steps:
+                while step < order.steps and len(pending) <= self._threads:
+                    last = min(step + chunk_steps, order.window_end(step))
+                    pending.append(self._pool.submit(self._pack, order, step, last))
+                    step = last
+                yield from pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def close(self) -> None:
+        """Stops the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _pack(self, order: EpochOrder, first: int, last: int) -> list[PackedSequences]:
+        positions, batch_offsets = order.batch_positions(first, last, self.rank, self.world_size)
+        slots = np.searchsorted(order.bounds, positions, side="right") - 1
+        by_slot = np.argsort(slots, kind="stable")
+        sorted_slots = slots[by_slot]
+        starts = np.flatnonzero(np.diff(sorted_slots, prepend=-1))
+        pieces, lengths, ids = [], [], []
+        for start, stop in zip(starts, [*starts[1:], len(by_slot)], strict=True):
+            slot = sorted_slots[start]
+            group = self._groups.get(int(order.groups[slot]))
+            offsets = positions[by_slot[start:stop]] - order.bounds[slot]
+            piece, piece_lengths, piece_ids = group.samples(offsets, order.prefix_key)
+            pieces.append(piece)
+            lengths.append(piece_lengths)
+            ids.append(piece_ids)
+        self._groups.trim()
+        if not pieces:
+            empty = torch.zeros(0, dtype=torch.int32)
+            none = PackedSequences(empty, torch.zeros(1, dtype=torch.int32), empty.long(), 0)
+            return [none] * (last - first)
+        place = np.empty_like(by_slot)
+        place[by_slot] = np.arange(len(by_slot))
+        sizes = np.concatenate(lengths)
+        begins = np.cumsum(sizes) - sizes
+        sizes = sizes[place]
+        items = torch.from_numpy(_ragged_take(np.concatenate(pieces), begins[place], sizes))
+        sample_ids = torch.from_numpy(np.concatenate(ids)[place])
+        offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
+        np.cumsum(sizes, out=offsets[1:])
+        batches = []
+        for a, b in zip(batch_offsets, batch_offsets[1:], strict=False):
+            own = torch.from_numpy((offsets[a : b + 1] - offsets[a]).astype(np.int32))
+            longest = int(sizes[a:b].max(initial=0))
+            batches.append(PackedSequences(items[offsets[a] : offsets[b]], own, sample_ids[a:b], longest))
+        return batches
+
+
+class _Group:
+    """A decoded row group, cut to the items that samples can use."""
+
+    def __init__(self, dataset: Dataset, spec: SampleSpec, index: int) -> None:
+        sequences = dataset.read_row_group(index)
+        lengths = np.diff(sequences.offsets)
+        self.spec, self.first_row = spec, sequences.first_row
+        self.windows = spec.windows(lengths)
+        starts = sequences.offsets[1:] - spec.holdout - self.windows
+        self.values = _ragged_take(sequences.values, starts, self.windows)
+        self.offsets = np.cumsum(self.windows) - self.windows
+        self.ends = np.cumsum(spec.counts(lengths))
+        self.skipped = np.maximum(lengths - spec.holdout, 0) - self.windows
+        self.bytes = self.values.nbytes + 4 * self.ends.nbytes
+
+    def samples(self, offsets: np.ndarray, key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Items laid end to end, lengths and sample ids of the group's samples number ``offsets``."""
+        rows = np.searchsorted(self.ends, offsets, side="right")
+        which = offsets - np.where(rows > 0, self.ends[rows - 1], 0)
+        lengths = self.spec.sample_lengths(self.windows[rows], which, rows + self.first_row, key)
+        ids = (rows + self.first_row) << SAMPLE_END_BITS | (self.skipped[rows] + lengths)
+        return _ragged_take(self.values, self.offsets[rows], lengths), lengths, ids
+
+
+class _GroupCache:
+    """Decoded row groups, least recently used ones dropped above a byte limit. Safe between threads."""
+
+    def __init__(self, dataset: Dataset, spec: SampleSpec, limit: int) -> None:
+        self._dataset, self._spec, self._limit = dataset, spec, limit
+        self._groups: OrderedDict[int, _Group] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, index: int) -> _Group:
+        with self._lock:
+            if index in self._groups:
+                self._groups.move_to_end(index)
+                return self._groups[index]
+        group = _Group(self._dataset, self._spec, index)
+        with self._lock:
+            self._groups[index] = group
+        return group
+
+    def trim(self) -> None:
+        """Drops groups until the limit holds; called between chunks, so that a chunk's own groups stay."""
+        with self._lock:
+            used = sum(group.bytes for group in self._groups.values())
+            while used > self._limit and self._groups:
+                used -= self._groups.popitem(last=False)[1].bytes
+
+
+def _ragged_take(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """``values[starts[i]:starts[i] + lengths[i]]`` for every i, laid end to end."""
+    ends = np.cumsum(lengths)
+    index = np.repeat(starts - ends + lengths, lengths)
+    index += np.arange(len(index))
+    return values[index]

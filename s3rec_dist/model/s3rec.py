@@ -1,0 +1,380 @@
+"""S3Rec: the model people use. Training runs on packed batches; RecBole's methods take padded ones.
+
+Both go through :meth:`S3Rec.encode`. In padded input ``[B, L]`` zeros are padding, on either side, and an
+item's position is its column, as in RecBole and in the reference implementation; hidden states at padding
+are zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from s3rec_dist.config import FinetuneConfig, ModelConfig, PretrainConfig
+from s3rec_dist.data.dataset import ItemAttributes
+from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, pretrain_batch
+from s3rec_dist.data.stream import PackedSequences
+from s3rec_dist.hashing import hash64
+from s3rec_dist.model.dropout import DropoutKeys, dropout
+from s3rec_dist.model.encoder import SITES_PER_BLOCK, Block, Queries, position_ids
+from s3rec_dist.model.objectives import attribute_loss, binary_loss, pairwise_loss, softmax_loss
+
+ITEM_SEQ, ITEM_SEQ_LEN, ITEM_ID, NEG_ITEM_ID = "item_id_list", "item_length", "item_id", "neg_item_id"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Loss sums of one batch."""
+
+    total: torch.Tensor
+    """Weighted sum over all terms: what is trained on, before it is divided by the batch's size."""
+    terms: dict[str, torch.Tensor]
+    """Unweighted sum of each task."""
+    counts: dict[str, int]
+    """Terms in each sum: ``terms[task] / counts[task]`` is a mean."""
+
+
+class S3Rec(nn.Module):
+    """S3-Rec for ``n_items`` items and ``n_attributes`` attributes.
+
+    Item ids: 0 padding, 1..n_items, n_items + 1 the mask token. Attribute ids: 1..n_attributes; row 0 is
+    unused, and a negative in every attribute loss. ``attributes`` lists each item's attributes; without it
+    the attribute losses have no positives.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        n_items: int,
+        n_attributes: int,
+        attributes: ItemAttributes | None = None,
+        pretrain: PretrainConfig | None = None,
+        finetune: FinetuneConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.pretrain_config = pretrain or PretrainConfig()
+        self.finetune_config = finetune or FinetuneConfig()
+        self.n_items, self.n_attributes, self.mask_id = n_items, n_attributes, n_items + 1
+        self.train_stage = "pretrain"
+        e = config.hidden_size
+        self.item_embedding = nn.Embedding(n_items + 2, e)
+        self.attribute_embedding = nn.Embedding(n_attributes + 1, e)
+        self.position_embedding = nn.Embedding(config.max_length, e)
+        self.embedding_norm = nn.LayerNorm(e, eps=config.layer_norm_eps)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.aap_head = nn.Linear(e, e)
+        self.mip_head = nn.Linear(e, e)
+        self.map_head = nn.Linear(e, e)
+        self.sp_head = nn.Linear(e, e)
+        if attributes is None:
+            offsets, values = torch.zeros(n_items + 3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        else:
+            offsets, values = torch.from_numpy(attributes.offsets), torch.from_numpy(attributes.values).long()
+        self.register_buffer("attribute_offsets", offsets, persistent=False)
+        self.register_buffer("attribute_values", values, persistent=False)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def encode(
+        self,
+        items: torch.Tensor,
+        positions: torch.Tensor,
+        offsets: torch.Tensor,
+        max_length: int,
+        *,
+        causal: bool,
+        keys: DropoutKeys | None = None,
+        queries: Queries | None = None,
+    ) -> torch.Tensor:
+        """Hidden states of packed ``items`` [T], at ``positions`` [T] of the position table: [T, E].
+
+        With ``queries``, only their hidden states, [Q, E]; the last block then computes nothing else.
+        ``keys`` turn dropout on.
+        """
+        p = self.config.hidden_dropout
+        x = self.embedding_norm(self.item_embedding(items) + self.position_embedding(positions))
+        x = dropout(x, keys, 0, p)
+        for i, block in enumerate(self.blocks):
+            last = i == len(self.blocks) - 1
+            site = 1 + i * SITES_PER_BLOCK
+            x = block(x, offsets, max_length, causal=causal, keys=keys, site=site, queries=queries if last else None)
+        return x
+
+    def pretrain_losses(self, batch: PretrainBatch, dropout_seed: int | None = None) -> Losses:
+        """The four tasks on one batch, in one encoder pass. ``dropout_seed`` turns dropout on."""
+        tokens, samples = len(batch.original), len(batch)
+        sequence = _sequence_of(batch.offsets, 4 * tokens)
+        positions = position_ids(sequence, batch.offsets, self.config)
+        keys = self._dropout_keys(_roles(batch.sample_keys, 4), sequence, positions, dropout_seed)
+        # every hidden state of the masked-item sequences, the last one of the others
+        device = batch.items.device
+        queries = Queries(
+            torch.cat((torch.arange(tokens, device=device), batch.offsets[samples + 1 :].long() - 1)),
+            torch.cat(
+                (
+                    batch.offsets[: samples + 1],
+                    torch.arange(tokens + 1, tokens + 3 * samples + 1, dtype=torch.int32, device=device),
+                )
+            ),
+        )
+        hidden = self.encode(
+            batch.items, positions, batch.offsets, batch.max_length, causal=False, keys=keys, queries=queries
+        )
+        unmasked = batch.unmasked
+        return self._task_losses(
+            hidden[unmasked],
+            hidden[batch.masked],
+            hidden[tokens:].view(3, samples, -1),
+            self._attribute_pairs(batch.original[unmasked]),
+            self._attribute_pairs(batch.original[batch.masked]),
+            batch.original[batch.masked],
+            batch.negatives,
+        )
+
+    def _task_losses(
+        self,
+        unmasked: torch.Tensor,
+        masked: torch.Tensor,
+        segments: torch.Tensor,
+        unmasked_pairs: tuple[torch.Tensor, torch.Tensor],
+        masked_pairs: tuple[torch.Tensor, torch.Tensor],
+        positives: torch.Tensor,
+        negatives: torch.Tensor,
+    ) -> Losses:
+        """From hidden states at unmasked [U, E] and masked [M, E] places and of the segment sequences
+        (context, positive, negative) [3, B, E]; pairs are (row, attribute) index lists."""
+        config, table = self.pretrain_config, self.attribute_embedding.weight
+        masked_item = self.mip_head(masked)
+        context = self.sp_head(segments[0])
+        terms = {
+            "aap": attribute_loss(self.aap_head(unmasked), table, *unmasked_pairs),
+            "mip": pairwise_loss(
+                (masked_item * self.item_embedding(positives)).sum(-1),
+                (masked_item * self.item_embedding(negatives)).sum(-1),
+                config.pairwise,
+            ),
+            "map": attribute_loss(self.map_head(masked), table, *masked_pairs),
+            "sp": pairwise_loss((context * segments[1]).sum(-1), (context * segments[2]).sum(-1), config.pairwise),
+        }
+        total = torch.stack([getattr(config, f"{task}_weight") * loss for task, loss in terms.items()]).sum()
+        attributes = len(table)
+        counts = {
+            "aap": len(unmasked) * attributes,
+            "mip": len(masked),
+            "map": len(masked) * attributes,
+            "sp": segments.shape[1],
+        }
+        return Losses(total, {task: loss.detach() for task, loss in terms.items()}, counts)
+
+    def finetune_losses(self, batch: FinetuneBatch, dropout_seed: int | None = None) -> Losses:
+        """The next-item loss on one batch, as the model's ``finetune`` settings say."""
+        config = self.finetune_config
+        sequence = _sequence_of(batch.offsets, len(batch.items))
+        positions = position_ids(sequence, batch.offsets, self.config)
+        keys = self._dropout_keys(batch.sample_keys, sequence, positions, dropout_seed)
+        queries = Queries.last(batch.offsets) if config.positions == "last" else None
+        hidden = self.encode(
+            batch.items, positions, batch.offsets, batch.max_length, causal=True, keys=keys, queries=queries
+        )
+        targets, negatives = batch.targets, batch.negatives
+        if queries is not None:
+            targets, negatives = targets[queries.tokens], negatives[queries.tokens]
+        loss = self._next_item_loss(hidden, targets, negatives)
+        return Losses(loss, {config.loss: loss.detach()}, {config.loss: len(targets)})
+
+    def _next_item_loss(
+        self, hidden: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Sum over hidden states [M, E] with their next items and a negative each [M]."""
+        kind = self.finetune_config.loss
+        if kind == "ce":
+            return softmax_loss(hidden, self.item_embedding.weight[1 : self.mask_id], targets.long() - 1)
+        assert negatives is not None
+        positive = (hidden * self.item_embedding(targets)).sum(-1)
+        negative = (hidden * self.item_embedding(negatives)).sum(-1)
+        return binary_loss(positive, negative) if kind == "bce" else pairwise_loss(positive, negative, "bpr")
+
+    def encode_last(self, items: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
+        """The causal hidden state at the last item of each history, [B, E]; its product with an item's embedding
+        is that item's score. Histories hold 1 to ``config.max_length`` items."""
+        positions = position_ids(_sequence_of(offsets, len(items)), offsets, self.config)
+        return self.encode(items, positions, offsets, max_length, causal=True, queries=Queries.last(offsets))
+
+    def _dropout_keys(
+        self, sample_keys: torch.Tensor, sequence: torch.Tensor, positions: torch.Tensor, seed: int | None
+    ) -> DropoutKeys | None:
+        if seed is None or not (self.config.hidden_dropout or self.config.attention_dropout):
+            return None
+        return DropoutKeys.of(hash64(sample_keys, seed), sequence, positions)
+
+    def _attribute_pairs(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(row, attribute) index pairs of the attributes that ``items`` [M] have, int64 [P] each."""
+        begins, ends = self.attribute_offsets[items], self.attribute_offsets[items + 1]
+        counts = ends - begins
+        rows = torch.repeat_interleave(counts)
+        place = torch.arange(len(rows), device=items.device)
+        into = place + (begins - (counts.cumsum(0) - counts))[rows]
+        return rows, self.attribute_values[into]
+
+    @classmethod
+    def from_pretrained(cls, folder: str) -> S3Rec:
+        """The model of a folder written by ``s3rec export`` or ``s3rec import``."""
+        from s3rec_dist.export import load_export
+
+        return load_export(folder)
+
+    # RecBole's methods, on padded input
+
+    def get_attention_mask(self, sequence: torch.Tensor, bidirectional: bool = True) -> torch.Tensor:
+        """Additive attention mask [B, 1, L, L] for item ids [B, L]: 0 where a query may look, else -1e4."""
+        allowed = (sequence != 0)[:, None, None, :]
+        if not bidirectional:
+            size = sequence.shape[1]
+            allowed = allowed & torch.ones(size, size, dtype=torch.bool, device=sequence.device).tril()
+        return torch.where(allowed.expand(-1, 1, sequence.shape[1], -1), 0.0, -10000.0)
+
+    def forward(self, item_seq: torch.Tensor, bidirectional: bool = True) -> torch.Tensor:
+        """Hidden states [B, L, E] of padded item ids [B, L]. Dropout is on in training mode."""
+        batch, length = item_seq.shape
+        if length > self.config.max_length:
+            raise ValueError(f"item_seq is {length} long, the model has {self.config.max_length} positions; cut it")
+        mask = item_seq != 0
+        offsets = _offsets_of(mask.sum(1))
+        sequence, positions = mask.nonzero(as_tuple=True)
+        keys = None
+        if self.training:
+            keys = self._dropout_keys(_random_keys(batch, item_seq.device), sequence, positions, 0)
+        hidden = self.encode(item_seq[mask], positions, offsets, length, causal=not bidirectional, keys=keys)
+        padded = hidden.new_zeros(batch, length, hidden.shape[1])
+        padded[mask] = hidden
+        return padded
+
+    def reconstruct_pretrain_data(self, item_seq: torch.Tensor, item_seq_len: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(features, masked_item_sequence, pos_items, neg_items, masked_segment_sequence, pos_segment,
+        neg_segment) from right-padded item ids [B, L], as RecBole gives them: left-padded [B, L] each, and
+        features [B, L, A + 1], one where the item has the attribute. Negative segments come from the batch."""
+        batch_size, length = item_seq.shape
+        device = item_seq.device
+        inside = torch.arange(length, device=device) < item_seq_len[:, None]
+        items = item_seq[inside].int()
+        packed = PackedSequences(items, _offsets_of(item_seq_len), _random_keys(batch_size, device), length)
+        batch = pretrain_batch(
+            packed,
+            n_items=self.n_items,
+            segment_pool=items,
+            mask_ratio=self.pretrain_config.mask_ratio,
+            key=0,
+        )
+        negatives = items.clone()
+        negatives[batch.masked] = batch.negatives
+        at_end = torch.arange(length, device=device) >= length - item_seq_len[:, None]
+
+        def padded(values: torch.Tensor) -> torch.Tensor:
+            result = torch.zeros_like(item_seq)
+            result[at_end] = values.to(item_seq.dtype)
+            return result
+
+        masked, masked_segment, pos_segment, neg_segment = map(padded, batch.items.view(4, -1))
+        pos_items = padded(items)
+        features = torch.zeros(batch_size * length, self.n_attributes + 1, dtype=torch.long, device=device)
+        features[self._attribute_pairs(pos_items.flatten())] = 1
+        features = features.view(batch_size, length, -1)
+        return features, masked, pos_items, padded(negatives), masked_segment, pos_segment, neg_segment
+
+    def pretrain(
+        self,
+        features: torch.Tensor,
+        masked_item_sequence: torch.Tensor,
+        pos_items: torch.Tensor,
+        neg_items: torch.Tensor,
+        masked_segment_sequence: torch.Tensor,
+        pos_segment: torch.Tensor,
+        neg_segment: torch.Tensor,
+    ) -> torch.Tensor:
+        """The weighted loss sum of the four tasks on padded input, as :meth:`reconstruct_pretrain_data` gives it."""
+        return self.padded_pretrain_losses(
+            features, masked_item_sequence, pos_items, neg_items, masked_segment_sequence, pos_segment, neg_segment
+        ).total
+
+    def padded_pretrain_losses(
+        self,
+        features: torch.Tensor,
+        masked_item_sequence: torch.Tensor,
+        pos_items: torch.Tensor,
+        neg_items: torch.Tensor,
+        masked_segment_sequence: torch.Tensor,
+        pos_segment: torch.Tensor,
+        neg_segment: torch.Tensor,
+    ) -> Losses:
+        """:meth:`pretrain`, with the tasks apart."""
+        hidden = self.forward(masked_item_sequence)
+        is_masked = masked_item_sequence == self.mask_id
+        is_unmasked = (masked_item_sequence != 0) & ~is_masked
+        features = features.view(*pos_items.shape, -1)
+        segments = [self.forward(s)[:, -1] for s in (masked_segment_sequence, pos_segment, neg_segment)]
+        unmasked_rows, unmasked_attributes = features[is_unmasked].nonzero(as_tuple=True)
+        masked_rows, masked_attributes = features[is_masked].nonzero(as_tuple=True)
+        return self._task_losses(
+            hidden[is_unmasked],
+            hidden[is_masked],
+            torch.stack(segments),
+            (unmasked_rows, unmasked_attributes),
+            (masked_rows, masked_attributes),
+            pos_items[is_masked],
+            neg_items[is_masked],
+        )
+
+    def calculate_loss(self, interaction: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """RecBole's training loss: the pretraining sum, or, with ``train_stage = "finetune"``, the mean next-item
+        loss at the last position of right-padded histories."""
+        item_seq, lengths = interaction[ITEM_SEQ], interaction[ITEM_SEQ_LEN]
+        if self.train_stage == "pretrain":
+            return self.pretrain(*self.reconstruct_pretrain_data(item_seq, lengths))
+        hidden = self._last_hidden(item_seq, lengths)
+        loss = self._next_item_loss(hidden, interaction[ITEM_ID], interaction.get(NEG_ITEM_ID))
+        return loss / len(hidden)
+
+    def predict(self, interaction: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Scores [B] of one item each after right-padded histories."""
+        hidden = self._last_hidden(interaction[ITEM_SEQ], interaction[ITEM_SEQ_LEN])
+        return (hidden * self.item_embedding(interaction[ITEM_ID])).sum(-1)
+
+    def full_sort_predict(self, interaction: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Scores [B, n_items + 1] of all items after right-padded histories; column 0 is padding."""
+        hidden = self._last_hidden(interaction[ITEM_SEQ], interaction[ITEM_SEQ_LEN])
+        return hidden @ self.item_embedding.weight[: self.mask_id].T
+
+    def _last_hidden(self, item_seq: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        hidden = self.forward(item_seq, bidirectional=False)
+        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+
+
+def _sequence_of(offsets: torch.Tensor, total: int) -> torch.Tensor:
+    """The sequence of each of ``total`` packed tokens, int64."""
+    return torch.repeat_interleave(offsets.diff().long(), output_size=total)
+
+
+def _offsets_of(lengths: torch.Tensor) -> torch.Tensor:
+    """cu_seqlens, int32 [B + 1], of lengths [B]."""
+    zero = torch.zeros(1, dtype=torch.int32, device=lengths.device)
+    return torch.cat((zero, lengths.cumsum(0).int()))
+
+
+def _roles(sample_keys: torch.Tensor, count: int) -> torch.Tensor:
+    """A key for each of a sample's ``count`` sequences, role by role, int64 [count * B]."""
+    roles = torch.arange(count, device=sample_keys.device)[:, None]
+    return hash64(sample_keys[None, :], roles).view(-1)
+
+
+def _random_keys(count: int, device: torch.device) -> torch.Tensor:
+    """Keys from torch's generator, for padded input, which carries no sample ids."""
+    return torch.randint(-(1 << 62), 1 << 62, (count,), device=device)

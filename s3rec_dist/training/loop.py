@@ -1,0 +1,533 @@
+"""One training loop for both stages: ``run_pretrain(config)`` and ``run_finetune(config)``.
+
+A stage streams packed sequences, reconstructs its samples on the training device, steps the engine, logs,
+validates (fine-tuning) and writes checkpoints. Where it stands is one integer, the optimizer step: order,
+reconstruction, dropout and learning rate are functions of it, so a run goes on from its newest whole
+checkpoint as if it had never stopped, and a step does the same on any number of processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+import s3rec_dist
+from s3rec_dist.config import Config, ConfigError, PretrainConfig, StageConfig, to_dict, to_yaml
+from s3rec_dist.data.dataset import Dataset
+from s3rec_dist.data.order import SampleSpec
+from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, finetune_batch, pretrain_batch
+from s3rec_dist.data.stream import PackedSequences, Stream
+from s3rec_dist.evaluation import evaluate
+from s3rec_dist.hashing import key_of
+from s3rec_dist.model.s3rec import Losses, S3Rec
+from s3rec_dist.training import checkpoint
+from s3rec_dist.training.checkpoint import Checkpoint, CheckpointError
+from s3rec_dist.training.engine import Engine, LossSums, World, learning_rate, on_rank_zero, start, together
+from s3rec_dist.training.tracking import Tracker, open_tracker, peak_memory_mb
+
+StageName = Literal["pretrain", "finetune"]
+
+HOLDOUT = 2
+"""Newest items of a sequence that training never sees: validation and test."""
+
+_STAGE_KEYS = {"pretrain": 1, "finetune": 2}
+
+
+class TrainingError(ValueError):
+    """Training that cannot go on; the message says why and what to change."""
+
+
+def run_pretrain(config: Config, *, resume: bool = True) -> Path:
+    """Pretrains and returns the run's folder, ``<output>/pretrain``."""
+    return _run(config, "pretrain", resume)
+
+
+def run_finetune(config: Config, *, resume: bool = True) -> Path:
+    """Fine-tunes and returns the run's folder, ``<output>/finetune``."""
+    return _run(config, "finetune", resume)
+
+
+class Task:
+    """What sets one stage apart: its samples, its batches, its loss and what the loss is averaged over."""
+
+    def __init__(self, config: Config, name: StageName, dataset: Dataset, device: torch.device) -> None:
+        self.name, self.config, self.dataset, self.device = name, config, dataset, device
+        self.stage: StageConfig = config.pretrain if name == "pretrain" else config.finetune
+        length = config.model.max_length
+        if dataset.n_items <= length + 1:
+            raise ConfigError(
+                f"model.max_length={length} with {dataset.n_items} items: a sequence may hold all of them, and then "
+                f"has no negatives; set model.max_length to at most {max(dataset.n_items - 2, 0)}"
+            )
+        if name == "pretrain":
+            self.spec = SampleSpec(self.stage.samples, max_items=length, min_items=1, holdout=HOLDOUT)
+            holdout = HOLDOUT if config.pretrain.segment_negatives == "train_only" else 0
+            self._segment_pool = torch.from_numpy(dataset.segment_pool(holdout)).to(device)
+        else:
+            self.spec = SampleSpec(self.stage.samples, max_items=length + 1, min_items=2, holdout=HOLDOUT)
+
+    def model(self) -> S3Rec:
+        """A model with this run's initial weights."""
+        config, dataset = self.config, self.dataset
+        torch.manual_seed(config.seed)
+        attributes = dataset.item_attributes()
+        return S3Rec(config.model, dataset.n_items, dataset.n_attributes, attributes, config.pretrain, config.finetune)
+
+    def stream(self, world: World) -> Stream:
+        """This rank's part of the stage's batches."""
+        data = self.config.data
+        return Stream(
+            self.dataset,
+            self.spec,
+            batch_size=self.stage.batch_size,
+            streams=data.streams,
+            seed=self.config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            shuffle_window=data.shuffle_window,
+            prefetch_threads=data.prefetch_threads,
+            cache_bytes=data.cache_mb << 20,
+        )
+
+    def batch(self, packed: PackedSequences, epoch: int) -> PretrainBatch | FinetuneBatch:
+        """The samples of ``packed``, which lies on the device, as they are in this epoch."""
+        key = key_of(self.config.seed, _STAGE_KEYS[self.name], epoch)
+        if self.name == "finetune":
+            return finetune_batch(packed, n_items=self.dataset.n_items, key=key)
+        return pretrain_batch(
+            packed,
+            n_items=self.dataset.n_items,
+            segment_pool=self._segment_pool,
+            mask_ratio=self.config.pretrain.mask_ratio,
+            key=key,
+        )
+
+    def losses(self, model: S3Rec, batch: Any, dropout_seed: int | None) -> Losses:
+        """The stage's loss sums."""
+        loss = model.pretrain_losses if self.name == "pretrain" else model.finetune_losses
+        return loss(batch, dropout_seed)
+
+    def dropout_seed(self, step: int) -> int:
+        """The same on every rank; the samples' own keys set them apart."""
+        return key_of(self.config.seed, _STAGE_KEYS[self.name], 1 << 40, step)
+
+    def count(self, packed: PackedSequences) -> int:
+        """What of this rank's batch the loss is averaged over: samples, or positions in fine-tuning."""
+        if self.name == "finetune" and self.config.finetune.positions == "all":
+            return len(packed.items) - len(packed)
+        return len(packed)
+
+
+def _run(config: Config, name: StageName, resume: bool) -> Path:
+    world = start(config.engine)
+    folder = Path(config.output) / name
+    with together():
+        dataset = Dataset.open(config.data.path)
+    if config.data.verify:
+        on_rank_zero(dataset.verify)
+    with together():
+        task = Task(config, name, dataset, world.device)
+        model = task.model()
+    if not resume:
+        on_rank_zero(lambda: _move_aside(folder))
+    found = checkpoint.newest(folder / checkpoint.FOLDER)
+    with together():
+        if found is not None:
+            _check_same_run(config, name, dataset, found)
+        elif name == "finetune":
+            pretrained = _load_pretrained(config, model, dataset)
+    on_rank_zero(lambda: _write_config(folder, config))
+
+    tracker = open_tracker(config, name, folder, world.rank)
+    status = "failed"
+    try:
+        training = _Training(task, model, world, folder, tracker)
+        try:
+            if found is not None:
+                training.resume(found)
+            elif name == "finetune":
+                tracker.event("pretrained", weights=pretrained)
+            training.run()
+            status = "finished"
+        finally:
+            training.close()
+    finally:
+        tracker.finish(status)
+    return folder
+
+
+class _Training:
+    """A stage at work."""
+
+    def __init__(self, task: Task, model: S3Rec, world: World, folder: Path, tracker: Tracker) -> None:
+        self.task, self.stage, self.config = task, task.stage, task.config
+        self.world, self.folder, self.tracker = world, folder, tracker
+        self.stream = task.stream(world)
+        self.steps_per_epoch = self.stream.steps_per_epoch
+        if not self.stream.samples_per_epoch:
+            raise TrainingError(
+                f"{self.config.data.path}: no sequence is long enough to train on; with its last {HOLDOUT} items held "
+                f"out for validation and test, one needs {HOLDOUT + task.spec.min_items} items or more"
+            )
+        self.total_steps = self.stage.epochs * self.steps_per_epoch
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.engine = Engine(model, task.losses, self.stage, self.config.engine, world)
+        self.meter = _Meter(world)
+        self.step = 0
+        self.saved_step = -1
+        self.best: dict[str, Any] | None = None
+        self.since_best = 0
+        self.metrics: dict[str, float] = {}
+
+    def resume(self, found: Checkpoint) -> None:
+        """Goes on from a checkpoint."""
+        for reason in found.damaged:
+            self.tracker.event("damaged_checkpoint", reason=reason, used=found.folder.name)
+        checkpoint.load(self.engine, found)
+        state = found.state
+        self.step = self.saved_step = state["step"]
+        self.best, self.since_best, self.metrics = state["best"], state["since_best"], state["metrics"]
+        self.tracker.event("resume", step=self.step, checkpoint=found.folder.name)
+
+    def run(self) -> None:
+        """Trains to the last epoch, or until validation stops improving."""
+        self.tracker.event(
+            "start",
+            step=self.step,
+            steps=self.total_steps,
+            samples_per_epoch=self.stream.samples_per_epoch,
+            batch_size=self.stage.batch_size,
+            processes=self.world.size,
+            device=str(self.world.device),
+            precision=self.engine.precision,
+            zero_stage=self.engine.zero_stage,
+            parameters=self.parameters,
+        )
+        self.tracker.begin(step=self.step, total_steps=self.total_steps)
+        while self.step < self.total_steps and not self.has_converged():
+            self.train_epoch(self.step // self.steps_per_epoch)
+        if self.saved_step != self.step:
+            self.save()
+        if self.best is not None:
+            self.tracker.event("best", **{k: self.best[k] for k in ("metric", "value", "epoch")})
+
+    def train_epoch(self, epoch: int) -> None:
+        """The rest of an epoch, with what follows it: validation and checkpoint."""
+        stage, task = self.stage, self.task
+        order = self.stream.order(epoch)
+        first = self.step % self.steps_per_epoch
+        batches = self.stream.iterate(epoch, first)
+        self.meter.go()
+        for in_epoch in range(first, self.steps_per_epoch):
+            with self.meter.waiting():
+                packed = next(batches)
+            packed = packed.to(self.world.device)
+            rate = learning_rate(stage, self.step, self.total_steps)
+            is_logged = (self.step + 1) % stage.log_every_steps == 0 or self.step + 1 == self.total_steps
+            result = self.engine.step(
+                [task.batch(part, epoch) for part in packed.split(stage.gradient_accumulation)],
+                count=self.global_count(packed, order.batch_samples(in_epoch)),
+                learning_rate=rate,
+                dropout_seed=task.dropout_seed(self.step),
+                with_norm=is_logged,
+            )
+            self.step += 1
+            self.meter.add(result.losses, packed, task.count(packed))
+            if is_logged:
+                numbers = self.meter.read(self.step)
+                numbers |= {
+                    "train/learning_rate": rate,
+                    "train/gradient_norm": result.gradient_norm or 0.0,
+                    "train/epoch": self.step / self.steps_per_epoch,
+                }
+                self.tracker.log(numbers, self.step)
+            self.tracker.progress(self.step)
+            ends_epoch = in_epoch + 1 == self.steps_per_epoch
+            if not ends_epoch and stage.checkpoint_every_steps and self.step % stage.checkpoint_every_steps == 0:
+                self.meter.pause()
+                self.save()
+                self.meter.go()
+        self.meter.pause()
+        self.end_epoch(epoch + 1)
+
+    def end_epoch(self, done: int) -> None:
+        """Validates and saves where ``done`` finished epochs call for it."""
+        is_last = self.step == self.total_steps
+        improved = False
+        if not isinstance(self.stage, PretrainConfig) and (
+            done % self.config.finetune.validate_every_epochs == 0 or is_last
+        ):
+            improved = self.validate(done)
+        if improved or is_last or self.has_converged() or done % self.stage.checkpoint_every_epochs == 0:
+            self.save()
+        if self.has_converged() and not is_last:
+            self.tracker.event("early_stop", epoch=done, patience=self.config.finetune.patience)
+
+    def validate(self, epoch: int) -> bool:
+        """Evaluates on the validation items; whether the metric is the best so far."""
+        metric = self.config.finetune.metric
+        self.meter.check(self.step)
+        model = self.engine.whole_model(self.task.model)
+        model.eval()
+        assert isinstance(model, S3Rec)
+        with torch.no_grad():
+            result = evaluate(model, self.task.dataset, self.config.evaluation, "validation", self.world.device)
+        self.metrics = dict(result.metrics)
+        self.tracker.log({f"validation/{name}": value for name, value in self.metrics.items()}, self.step)
+        value = self.metrics[metric]
+        if self.best is not None and not value > self.best["value"]:
+            self.since_best += 1
+            return False
+        self.since_best = 0
+        self.best = {"metric": metric, "value": value, "epoch": epoch, "step": self.step, "metrics": self.metrics}
+        return True
+
+    def has_converged(self) -> bool:
+        """Whether early stopping ends the run."""
+        patience = self.config.finetune.patience if self.task.name == "finetune" else 0
+        return 0 < patience <= self.since_best
+
+    def global_count(self, packed: PackedSequences, samples: int) -> float | torch.Tensor:
+        """What the loss of the global batch is divided by; ``samples`` is the batch's size over all ranks."""
+        if self.task.name == "pretrain" or self.config.finetune.positions == "last":
+            return samples
+        own = self.task.count(packed)
+        if self.world.size == 1:
+            return own
+        total = torch.tensor(float(own), device=self.world.device)
+        dist.all_reduce(total)
+        return total
+
+    def save(self) -> None:
+        """Writes a checkpoint of where training stands."""
+        self.meter.check(self.step)
+        dataset = self.task.dataset
+        state = {
+            "stage": self.task.name,
+            "epoch": self.step / self.steps_per_epoch,
+            "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "best": self.best,
+            "since_best": self.since_best,
+            "metrics": self.metrics,
+            "config": to_dict(self.config),
+            "dataset_fingerprint": dataset.fingerprint,
+            "catalogue": _catalogue(dataset),
+            "n_items": dataset.n_items,
+            "n_attributes": dataset.n_attributes,
+            **checkpoint.run_layout(self.engine),
+            "version": s3rec_dist.__version__,
+        }
+        best = checkpoint.tag_of(self.best["step"]) if self.best else None
+        try:
+            saved = checkpoint.save(
+                self.engine, self.folder / checkpoint.FOLDER, state, keep=self.stage.keep_checkpoints, best=best
+            )
+        except CheckpointError as error:
+            with contextlib.suppress(OSError):  # the same full disk
+                self.tracker.event("checkpoint_failed", step=self.step, reason=str(error))
+            raise
+        self.saved_step = self.step
+        self.tracker.event("checkpoint", step=self.step, tag=saved.name)
+
+    def close(self) -> None:
+        """Stops the reading threads and lets go of DeepSpeed."""
+        self.stream.close()
+        self.engine.close()
+
+
+class _Meter:
+    """Training's numbers between two logs. Loss sums stay on the device until they are read."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._sums: torch.Tensor | None = None  # [1 + tasks]: total, then each task's
+        self._tasks: list[str] = []
+        self._reset()
+        self._mark = time.perf_counter()
+
+    def _reset(self) -> None:
+        self._sums = None
+        self._counts: dict[str, int] = {}
+        self._averaged_over = self._samples = self._tokens = 0
+        self._active = self._waited = 0.0
+
+    def go(self) -> None:
+        """Time counts as training from here on."""
+        self._mark = time.perf_counter()
+
+    def pause(self) -> None:
+        """Time counts as something else from here on."""
+        self._active += time.perf_counter() - self._mark
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent waiting for data."""
+        before = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - before
+
+    def add(self, losses: Sequence[LossSums], packed: PackedSequences, count: int) -> None:
+        """One step of this rank; ``count`` is its part of what the loss is divided by."""
+        for part in losses:
+            self._tasks = list(part.terms)
+            sums = torch.stack([part.total.detach(), *part.terms.values()]).double()
+            self._sums = sums if self._sums is None else self._sums + sums
+            for task, terms in part.counts.items():
+                self._counts[task] = self._counts.get(task, 0) + terms
+        self._averaged_over += count
+        self._samples += len(packed)
+        self._tokens += len(packed.items)
+
+    def check(self, step: int) -> None:
+        """Raises :class:`TrainingError`, on all ranks, where a loss is not a number."""
+        with together():
+            if self._sums is not None and not math.isfinite(self._sums[0].item()):
+                self._fail(step)
+
+    def read(self, step: int) -> dict[str, float]:
+        """The numbers over all ranks, which start anew. All ranks must call it."""
+        self.pause()
+        self.go()
+        assert self._sums is not None
+        counts = [self._counts[task] for task in self._tasks]
+        host = [*counts, self._averaged_over, self._samples, self._tokens, self._active, self._waited]
+        row = torch.cat((self._sums, torch.tensor(host, dtype=torch.float64, device=self._sums.device)))
+        memory = torch.tensor([peak_memory_mb(), _device_memory_mb(self._world.device)], device=row.device)
+        if self._world.size > 1:
+            dist.all_reduce(row)
+            dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        total, *rest = row.tolist()
+        sums, rest = rest[: len(counts)], rest[len(counts) :]
+        counts, (averaged_over, samples, tokens, active, waited) = rest[: len(counts)], rest[len(counts) :]
+        if not math.isfinite(total):
+            self._fail(step)
+        seconds = active / self._world.size
+        numbers = {"train/loss": total / averaged_over}
+        numbers |= {f"train/{t}": s / max(c, 1) for t, s, c in zip(self._tasks, sums, counts, strict=True)}
+        numbers |= {
+            "train/samples_per_second": samples / seconds,
+            "train/tokens_per_second": tokens / seconds,
+            "train/data_wait": waited / active,
+            "train/memory_mb": memory[0].item(),
+        }
+        if self._world.device.type == "cuda":
+            numbers["train/device_memory_mb"] = memory[1].item()
+        self._reset()
+        return numbers
+
+    def _fail(self, step: int) -> None:
+        raise TrainingError(
+            f"the training loss is not a finite number any more by step {step}; lower the learning rate, set "
+            "gradient_clipping, or use engine.precision=fp32, and run again to go on from the newest checkpoint"
+        )
+
+
+def _device_memory_mb(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
+
+
+def _catalogue(dataset: Dataset) -> str:
+    """A name for what each item id means."""
+    return dataset.manifest.files["items.parquet"]
+
+
+def _load_pretrained(config: Config, model: S3Rec, dataset: Dataset) -> str:
+    """Puts the weights that finetune.pretrained names into the model; returns where they came from."""
+    wanted = config.finetune.pretrained
+    if wanted == "none":
+        return "none, trained from scratch"
+    path = str(Path(config.output) / "pretrain") if wanted == "auto" else wanted
+    try:
+        weights, metadata = checkpoint.load_weights(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"finetune.pretrained={wanted}: {error}. Pretrain first, name a checkpoint, or set "
+            "finetune.pretrained=none to train from scratch"
+        ) from error
+    checkpoint.fit_weights(model, weights, metadata["path"])
+    is_same = metadata.get("dataset_fingerprint") == dataset.fingerprint
+    if not is_same and metadata.get("catalogue", _catalogue(dataset)) != _catalogue(dataset):
+        raise CheckpointError(
+            f"{metadata['path']}: was trained on a dataset with other items than {config.data.path}, so that its item "
+            "ids mean other items; pretrain on this dataset, or fine-tune on that one"
+        )
+    return str(metadata["path"])
+
+
+def _check_same_run(config: Config, name: StageName, dataset: Dataset, found: Checkpoint) -> None:
+    """Raises :class:`CheckpointError` where a checkpoint in the output folder belongs to another run."""
+    state = found.state
+    start_over = "take another output folder, or start over with --no_resume"
+    if state["dataset_fingerprint"] != dataset.fingerprint:
+        raise CheckpointError(
+            f"{found.folder}: was trained on another dataset than {config.data.path}, or that has changed since; "
+            f"restore it, {start_over}"
+        )
+    then, now = _flat(state["config"]), _flat(to_dict(config))
+    schedule_follows_epochs = now[f"{name}.schedule"] != "constant"
+    differ = [
+        f"{key} was {then[key]!r}, is {now[key]!r}"
+        for key in now
+        if key in then and then[key] != now[key] and _shapes_training(key, name, schedule_follows_epochs)
+    ]
+    if differ:
+        raise CheckpointError(
+            f"{found.folder}: was trained with other settings: {'; '.join(differ)}. Use the same settings, {start_over}"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+_FREE = {
+    "data": {"path", "prefetch_threads", "cache_mb", "verify"},
+    "model": {"attention"},
+    "stage": {
+        "checkpoint_every_epochs",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "log_every_steps",
+        "gradient_accumulation",
+        "patience",
+    },
+    "evaluation": {"batch_users", "item_chunk", "cutoffs"},
+}
+"""Settings that may change when a run resumes: they change no step, or only its rounding."""
+
+
+def _shapes_training(key: str, name: StageName, schedule_follows_epochs: bool) -> bool:
+    """Whether a run with another value of ``key`` is another run."""
+    section, _, leaf = key.rpartition(".")
+    if section == name:
+        return leaf not in _FREE["stage"] and (leaf != "epochs" or schedule_follows_epochs)
+    if section == "evaluation":
+        return name == "finetune" and leaf not in _FREE["evaluation"]
+    return key == "seed" or (section in ("data", "model") and leaf not in _FREE[section])
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / ".config.yaml"
+    draft.write_text(to_yaml(config), encoding="utf-8")
+    draft.replace(folder / "config.yaml")
+
+
+def _move_aside(folder: Path) -> None:
+    """Starting over keeps what an earlier run left, under the next free name."""
+    if folder.exists():
+        number = 1
+        while (moved := folder.with_name(f"{folder.name}.{number}")).exists():
+            number += 1
+        folder.rename(moved)
