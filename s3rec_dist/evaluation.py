@@ -141,9 +141,7 @@ def _metrics(sums: torch.Tensor, cutoffs: Sequence[int], users: int) -> dict[str
     return dict(zip([*names, "MRR"], (sums / users).tolist(), strict=True))
 
 
-def held_out(
-    dataset: Dataset, split: Split, batch_users: int, rank: int = 0, world_size: int = 1
-) -> Iterator[HeldOut]:
+def held_out(dataset: Dataset, split: Split, batch_users: int, rank: int = 0, world_size: int = 1) -> Iterator[HeldOut]:
     """This rank's share of the rows, in batches: contiguous, and equal to within one row."""
     if not dataset.n_rows:
         raise EvaluationError(f"{dataset.path}: has no users to evaluate on")

@@ -21,6 +21,8 @@ GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIER_1 = 0xD6E8FEB86659FD93 - (1 << 64)
 _MULTIPLIER_2 = 0xA0761D6478BD642F - (1 << 64)
 _LOW_32 = 0xFFFFFFFF
+_LANE_VALUES = 1 << 16  # four lanes to a hash: probabilities are exact to 2^-16
+_SITE_STRIDE = 1 << 20
 
 
 def mix(x: IntArray) -> IntArray:
@@ -50,6 +52,22 @@ def key_of(*parts: int) -> int:
 def uniform_below(bits: IntArray, bound: IntArray | int) -> IntArray:
     """Uniform integers in [0, bound), for a positive ``bound``; the bias is below bound / 2^64."""
     return bits % bound
+
+
+def keep_mask(keys: torch.Tensor, features: int, site: int, p: float) -> torch.Tensor:
+    """Dropout: bool [..., features], False with probability ``p``, hashed from int64 ``keys`` [...].
+
+    Lane j of a row is 16 bits of the row's word j // 4, so that one hash serves four features. ``site`` tells apart
+    the places that share keys.
+    """
+    words = torch.arange(-(-features // 4), device=keys.device) + site * _SITE_STRIDE
+    lanes = hash64(keys[..., None], words).view(torch.int16)[..., :features]
+    return lanes >= round(p * _LANE_VALUES) - _LANE_VALUES // 2
+
+
+def keep_scale(p: float) -> float:
+    """What kept values are multiplied by, for the probability that the lanes can express."""
+    return 1.0 / (1.0 - round(p * _LANE_VALUES) / _LANE_VALUES)
 
 
 def _wrap(value: int) -> int:

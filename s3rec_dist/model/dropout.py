@@ -1,8 +1,7 @@
 """Dropout whose mask is a hash of (sample, position, site, feature) instead of a generator's next number.
 
 A training run's dropout is thereby independent of batch composition and world size, and a resumed run
-repeats it. On a CPU it is also many times faster than ``F.dropout``, whose generator is sequential: one
-64-bit hash serves four features.
+repeats it. On a CPU it is also many times faster than ``F.dropout``, whose generator is sequential.
 """
 
 from __future__ import annotations
@@ -12,10 +11,7 @@ from typing import Any
 
 import torch
 
-from s3rec_dist.hashing import hash64
-
-LANE_VALUES = 1 << 16  # four 16-bit lanes to a hash: probabilities are exact to 2^-16
-_SITE_STRIDE = 1 << 20
+from s3rec_dist.hashing import hash64, keep_mask, keep_scale
 
 
 @dataclass(frozen=True)
@@ -35,18 +31,6 @@ class DropoutKeys:
     def take(self, tokens: torch.Tensor) -> DropoutKeys:
         """The keys of a subset of the tokens."""
         return DropoutKeys(self.tokens[tokens], self.sequences)
-
-
-def keep_mask(token_keys: torch.Tensor, features: int, site: int, p: float) -> torch.Tensor:
-    """bool [T, features], False with probability ``p``. ``site`` tells the layers of a model apart."""
-    words = torch.arange(-(-features // 4), device=token_keys.device) + site * _SITE_STRIDE
-    lanes = hash64(token_keys[:, None], words[None, :]).view(torch.int16)[:, :features]
-    return lanes >= round(p * LANE_VALUES) - LANE_VALUES // 2
-
-
-def keep_scale(p: float) -> float:
-    """What kept values are multiplied by, for the probability that the lanes can express."""
-    return 1.0 / (1.0 - round(p * LANE_VALUES) / LANE_VALUES)
 
 
 def dropout(x: torch.Tensor, keys: DropoutKeys | None, site: int, p: float) -> torch.Tensor:

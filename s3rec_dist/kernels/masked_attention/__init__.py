@@ -1,0 +1,70 @@
+"""Self-attention over packed sequences, each attending to itself alone, with dropout that is a hash.
+
+One contract, several backends (see README.md beside this file): ``reference`` is the plain definition in fp32,
+``sdpa`` the fast path on a CPU and the fallback on a GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from s3rec_dist.kernels.masked_attention.reference import reference_attention
+from s3rec_dist.kernels.masked_attention.sdpa import sdpa_attention
+
+BACKENDS = ("reference", "sdpa")
+
+
+def masked_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool,
+    cu_seqlens_q: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_keys: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """softmax(q k^T * scale) v within each sequence; returns [Q, H, D] in the type of ``q``.
+
+    ``k`` and ``v`` are [T, H, D], any stride but a contiguous D; sequence b is rows ``cu_seqlens[b]`` to
+    ``cu_seqlens[b + 1] - 1`` (int32 [B + 1]), at most ``max_seqlen`` of them. ``q`` is [T, H, D] likewise, or, with
+    ``cu_seqlens_q``, [Q, H, D]: the queries of only the last few tokens of each sequence. ``causal`` lets a token
+    attend to itself and to what precedes it, else to the whole sequence.
+
+    ``dropout_p`` drops attention probabilities; ``dropout_keys`` (int64 [B]) decides which: the bit of (sequence b,
+    head h, query position i, key position j) is lane j of the row hashed from (key b, h, i), see
+    :func:`~s3rec_dist.hashing.keep_mask`. It is the same in every backend, forward and backward.
+
+    Raises ValueError for tensors that do not fit this description.
+    """
+    if q.dim() != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
+        raise ValueError(
+            f"expected q [Q, H, D], k and v [T, H, D]; got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if cu_seqlens_q is None and len(q) != len(k):
+        raise ValueError(f"q has {len(q)} rows, k has {len(k)}; give cu_seqlens_q where only some tokens have queries")
+    if cu_seqlens_q is not None and cu_seqlens_q.shape != cu_seqlens.shape:
+        raise ValueError(f"cu_seqlens_q is {list(cu_seqlens_q.shape)}, cu_seqlens is {list(cu_seqlens.shape)}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p={dropout_p}: expected a probability from 0 to below 1")
+    if dropout_p and (dropout_keys is None or len(dropout_keys) != len(cu_seqlens) - 1):
+        raise ValueError("dropout_p needs dropout_keys, int64 [B], one for each sequence")
+    if scale is None:
+        scale = q.shape[2] ** -0.5
+    attention = {"reference": reference_attention, "sdpa": sdpa_attention}[choose_backend(backend)]
+    return attention(
+        q, k, v, cu_seqlens, cu_seqlens_q, max_seqlen, causal, dropout_p, dropout_keys if dropout_p else None, scale
+    )
+
+
+def choose_backend(wanted: str = "auto") -> str:
+    """The backend that ``wanted`` names; ``auto`` is the fastest, today ``sdpa`` on every device."""
+    if wanted == "auto":
+        return "sdpa"
+    if wanted not in BACKENDS:
+        raise ValueError(f"backend={wanted!r}: expected auto, {', '.join(BACKENDS)}")
+    return wanted
