@@ -10,6 +10,7 @@ tensors that are already there.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,7 +55,7 @@ class PackedSequences:
     def split(self, parts: int) -> list[PackedSequences]:
         """``parts`` consecutive pieces of near-equal sample counts, some perhaps empty."""
         cuts = [len(self) * i // parts for i in range(parts + 1)]
-        return [self._slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        return [self._slice(a, b) for a, b in itertools.pairwise(cuts)]
 
     def _slice(self, first: int, last: int) -> PackedSequences:
         start, stop = int(self.offsets[first]), int(self.offsets[last])
@@ -169,7 +170,7 @@ class Stream:
         offsets = np.zeros(len(sizes) + 1, dtype=np.int64)
         np.cumsum(sizes, out=offsets[1:])
         batches = []
-        for a, b in zip(batch_offsets, batch_offsets[1:], strict=False):
+        for a, b in itertools.pairwise(batch_offsets):
             own = torch.from_numpy((offsets[a : b + 1] - offsets[a]).astype(np.int32))
             longest = int(sizes[a:b].max(initial=0))
             batches.append(PackedSequences(items[offsets[a] : offsets[b]], own, sample_ids[a:b], longest))

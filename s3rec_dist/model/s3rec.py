@@ -45,6 +45,9 @@ class S3Rec(nn.Module):
     the attribute losses have no positives.
     """
 
+    attribute_offsets: torch.Tensor
+    attribute_values: torch.Tensor
+
     def __init__(
         self,
         config: ModelConfig,
@@ -73,7 +76,7 @@ class S3Rec(nn.Module):
         if attributes is None:
             offsets, values = torch.zeros(n_items + 3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         else:
-            offsets, values = torch.from_numpy(attributes.offsets), torch.from_numpy(attributes.values).long()
+            offsets, values = torch.tensor(attributes.offsets), torch.tensor(attributes.values, dtype=torch.int64)
         self.register_buffer("attribute_offsets", offsets, persistent=False)
         self.register_buffer("attribute_values", values, persistent=False)
         self.apply(self._initialise)

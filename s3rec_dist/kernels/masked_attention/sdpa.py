@@ -9,6 +9,7 @@ that exists, and its probabilities are zero, so nothing is read that was not wri
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,7 +154,7 @@ def _group(
     changes = (octave.diff() != 0) | (has_many.diff())
     cuts = [0, *(changes.nonzero().squeeze(1) + 1).tolist(), len(order)]
     groups = []
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in itertools.pairwise(cuts):
         if first == last:
             continue
         own, own_q = by_length[first:last], lengths_q[order[first:last]]
