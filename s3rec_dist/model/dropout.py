@@ -34,25 +34,43 @@ class DropoutKeys:
 
 
 def dropout(x: torch.Tensor, keys: DropoutKeys | None, site: int, p: float) -> torch.Tensor:
-    """``x`` [T, E] with dropout, or as it is where there are no keys."""
+    """``x`` [T, E] with dropout, or as it is where there are no keys. ``site`` tells the layers of a model apart."""
     if keys is None or p == 0:
         return x
-    return _apply_mask(x, keep_mask(keys.tokens, x.shape[1], site, p), keep_scale(p))
+    dropped: torch.Tensor = _Dropout.apply(x, keep_mask(keys.tokens, x.shape[1], site, p, x.dtype), keep_scale(p))
+    return dropped
 
 
-class _Masked(torch.autograd.Function):
+def dropout_add(x: torch.Tensor, residual: torch.Tensor, keys: DropoutKeys | None, site: int, p: float) -> torch.Tensor:
+    """``residual + dropout(x)``, in one pass."""
+    if keys is None or p == 0:
+        return residual + x
+    keep = keep_mask(keys.tokens, x.shape[1], site, p, x.dtype)
+    added: torch.Tensor = _DropoutAdd.apply(x, residual, keep, keep_scale(p))
+    return added
+
+
+class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, keep: torch.Tensor, scale: float) -> torch.Tensor:
         ctx.save_for_backward(keep)
         ctx.scale = scale
-        return torch.where(keep, x * scale, 0)
+        return (x * keep).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (keep,) = ctx.saved_tensors
-        return torch.where(keep, grads[0] * ctx.scale, 0), None, None
+        return (grads[0] * keep).mul_(ctx.scale), None, None
 
 
-def _apply_mask(x: torch.Tensor, keep: torch.Tensor, scale: float) -> torch.Tensor:
-    masked: torch.Tensor = _Masked.apply(x, keep, scale)
-    return masked
+class _DropoutAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor, keep: torch.Tensor, scale: float) -> torch.Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return torch.addcmul(residual, x, keep, value=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        (keep,) = ctx.saved_tensors
+        return (grads[0] * keep).mul_(ctx.scale), grads[0], None, None

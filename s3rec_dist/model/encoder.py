@@ -15,7 +15,7 @@ from torch import nn
 
 from s3rec_dist.config import ModelConfig
 from s3rec_dist.kernels.masked_attention import masked_attention
-from s3rec_dist.model.dropout import DropoutKeys, dropout
+from s3rec_dist.model.dropout import DropoutKeys, dropout_add
 
 SITES_PER_BLOCK = 3  # attention probabilities, attention output, feed-forward output
 
@@ -86,9 +86,9 @@ class Block(nn.Module):
         )
         p = config.hidden_dropout
         attended = self.attention_output(attended.reshape(-1, e))
-        x = self.attention_norm(dropout(attended, keys, site + 1, p) + x)
+        x = self.attention_norm(dropout_add(attended, x, keys, site + 1, p))
         hidden = self.inner_output(F.gelu(self.inner(x)))
-        normed: torch.Tensor = self.output_norm(dropout(hidden, keys, site + 2, p) + x)
+        normed: torch.Tensor = self.output_norm(dropout_add(hidden, x, keys, site + 2, p))
         return normed
 
 

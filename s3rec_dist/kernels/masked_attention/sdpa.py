@@ -221,7 +221,7 @@ class _Attention(torch.autograd.Function):
             keep, used = None, probabilities
             if dropout_keys is not None:
                 rows = row_keys(dropout_keys[bucket.sequences], bucket.positions(), heads)
-                keep = keep_mask(rows, bucket.key_shape[2], 0, dropout_p)
+                keep = keep_mask(rows, bucket.key_shape[2], 0, dropout_p, q.dtype)
                 used = probabilities * keep
             used = used.view(len(query), *used.shape[2:])
             torch.bmm(used, value, out=out[bucket.queries].view_as(query))
