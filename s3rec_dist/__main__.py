@@ -126,8 +126,13 @@ COMMANDS = {
     ),
     "import": Command(
         summary="turn a checkpoint of the original S3-Rec into a model folder",
-        description="Converts the original implementation's .pt file into the folder that export writes.",
-        example="s3rec import Beauty-epochs-150.pt --dataset data/beauty --output models/beauty-reference",
+        description="""
+            Converts the state dict that the original PyTorch implementation saves into the folder that export writes.
+            With a dataset of the same item and attribute ids the folder gets its catalogue too; without one it still
+            serves as finetune.pretrained.""",
+        example="""
+            s3rec import --format reference --checkpoint Beauty-epochs-150.pt --output models/beauty-reference
+            s3rec import --checkpoint Beauty-epochs-150.pt --dataset data/beauty --output models/beauty-reference""",
         build=_defined_in("s3rec_dist.export", "add_import_arguments", "run_import"),
     ),
     "bench": Command(

@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.formats import sha256_of, sync_file
 from s3rec_dist.training.engine import Engine, gather, on_rank_zero, together
 
@@ -69,14 +70,14 @@ def save(engine: Engine, folder: Path, state: Mapping[str, Any], *, keep: int, b
         hashes: dict[str, dict[str, Any]] = {}
         with together():
             for path in engine.save_shards(draft / SHARDS):
-                hashes[str(path.relative_to(draft))] = _describe(path)
+                hashes[str(path.relative_to(draft))] = describe(path)
         weights = engine.fp32_weights()
         with together():
             if engine.world.rank == 0:
                 save_file(weights, draft / WEIGHTS, metadata={"format": "pt"})
                 sync_file(str(draft / WEIGHTS))
                 _write(draft / STATE, json.dumps(dict(state), indent=1))
-                hashes |= {name: _describe(draft / name) for name in (WEIGHTS, STATE)}
+                hashes |= {name: describe(draft / name) for name in (WEIGHTS, STATE)}
         files = {name: entry for part in gather(hashes) for name, entry in part.items()}
         on_rank_zero(lambda: _publish(folder, draft, tag, files, keep, best))
     except Exception as error:
@@ -123,7 +124,8 @@ def _tags(folder: Path) -> list[str]:
     return sorted((path.name for path in folder.glob("step-*") if path.is_dir()), reverse=True)
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as manifests list them."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(str(path))}
 
 
@@ -178,16 +180,18 @@ def verify(folder: Path, names: tuple[str, ...] = ()) -> dict[str, Any]:
     if manifest.get("format") != _FORMAT or manifest.get("version") != 1 or STATE not in manifest.get("files", {}):
         raise CheckpointError(f"{folder / MANIFEST}: not the manifest of a checkpoint that this version writes")
     for name, expected in manifest["files"].items():
-        path = folder / name
-        if names and name not in names:
-            continue
-        if not path.is_file():
-            raise CheckpointError(f"{path}: is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, its manifest says {expected['bytes']}")
-        if (found := sha256_of(str(path))) != expected["sha256"]:
-            raise CheckpointError(f"{path}: SHA-256 is {found}, its manifest says {expected['sha256']}")
+        if not names or name in names:
+            _verify_file(folder / name, expected)
     return _read_json(folder / STATE)
+
+
+def _verify_file(path: Path, expected: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is missing")
+    if path.stat().st_size != expected["bytes"]:
+        raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, its manifest says {expected['bytes']}")
+    if (found := sha256_of(str(path))) != expected["sha256"]:
+        raise CheckpointError(f"{path}: SHA-256 is {found}, its manifest says {expected['sha256']}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -241,6 +245,8 @@ def load_weights(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         metadata = verify(folder, (WEIGHTS, STATE))
     elif (folder / "config.json").is_file():
         metadata = _read_json(folder / "config.json")
+        if WEIGHTS in metadata.get("files", {}):
+            _verify_file(folder / WEIGHTS, metadata["files"][WEIGHTS])
     else:
         stages = [stage for stage in ("finetune", "pretrain") if (folder / stage / FOLDER).is_dir()]
         hint = f"did you mean {folder / stages[0]}?" if stages else "expected a run, a checkpoint or an exported model"
@@ -262,6 +268,22 @@ def _chosen_of_run(folder: Path) -> Path:
     if found is None:
         raise CheckpointError(f"{folder}: holds no checkpoint yet; train first")
     return found.folder
+
+
+def catalogue_of(dataset: Dataset) -> str:
+    """A name for what each item id means."""
+    return dataset.manifest.files["items.parquet"]
+
+
+def check_catalogue(metadata: Mapping[str, Any], dataset: Dataset) -> None:
+    """Raises :class:`CheckpointError` where the item ids of a model, described by the ``metadata`` of
+    :func:`load_weights`, mean other items than those of ``dataset``."""
+    own = catalogue_of(dataset)
+    if metadata.get("catalogue", own) != own:
+        raise CheckpointError(
+            f"{metadata['path']}: was trained on a dataset with other items than {dataset.path}, so that its item "
+            "ids mean other items; take the dataset it was trained on, or a model trained on this one"
+        )
 
 
 _SHAPE_HINTS = {

@@ -319,7 +319,7 @@ class _Training:
             "metrics": self.metrics,
             "config": to_dict(self.config),
             "dataset_fingerprint": dataset.fingerprint,
-            "catalogue": _catalogue(dataset),
+            "catalogue": checkpoint.catalogue_of(dataset),
             "n_items": dataset.n_items,
             "n_attributes": dataset.n_attributes,
             **checkpoint.run_layout(self.engine),
@@ -434,11 +434,6 @@ def _device_memory_mb(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
 
 
-def _catalogue(dataset: Dataset) -> str:
-    """A name for what each item id means."""
-    return dataset.manifest.files["items.parquet"]
-
-
 def _load_pretrained(config: Config, model: S3Rec, dataset: Dataset) -> str:
     """Puts the weights that finetune.pretrained names into the model; returns where they came from."""
     wanted = config.finetune.pretrained
@@ -453,12 +448,7 @@ def _load_pretrained(config: Config, model: S3Rec, dataset: Dataset) -> str:
             "finetune.pretrained=none to train from scratch"
         ) from error
     checkpoint.fit_weights(model, weights, metadata["path"])
-    is_same = metadata.get("dataset_fingerprint") == dataset.fingerprint
-    if not is_same and metadata.get("catalogue", _catalogue(dataset)) != _catalogue(dataset):
-        raise CheckpointError(
-            f"{metadata['path']}: was trained on a dataset with other items than {config.data.path}, so that its item "
-            "ids mean other items; pretrain on this dataset, or fine-tune on that one"
-        )
+    checkpoint.check_catalogue(metadata, dataset)
     return str(metadata["path"])
 
 

@@ -1,0 +1,490 @@
+"""Model folders: what ``s3rec export`` and ``s3rec import`` write, to keep, share, load and recommend from.
+
+    MODEL/model.safetensors    every weight, fp32
+    MODEL/config.json          settings, sizes, stage, metrics, dataset and catalogue, size and SHA-256 of the files
+    MODEL/items.parquet        the item catalogue and the attributes, as the dataset has them; absent where a
+    MODEL/attributes.parquet   checkpoint was imported without a dataset
+    MODEL/README.md            a model card
+
+    s3rec export runs/beauty/finetune --dataset data/beauty --output models/beauty
+    model = S3Rec.from_pretrained("models/beauty").eval()
+
+A folder appears only when it is whole, by a rename. Imported are the state dicts of the S3-Rec authors'
+PyTorch implementation, read without unpickling anything but tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+import s3rec_dist
+from s3rec_dist.config import Config, ModelConfig, from_dict, to_dict
+from s3rec_dist.data.dataset import Dataset, Manifest
+from s3rec_dist.data.formats import sync_file
+from s3rec_dist.model.s3rec import S3Rec
+from s3rec_dist.training.checkpoint import (
+    WEIGHTS,
+    catalogue_of,
+    check_catalogue,
+    describe,
+    fit_weights,
+    load_weights,
+)
+
+FORMAT = "s3rec_dist model"
+VERSION = 1
+CONFIG, CARD = "config.json", "README.md"
+CATALOGUE = ("items.parquet", "attributes.parquet")
+
+_KEPT_SETTINGS = ("seed", "model", "pretrain", "finetune", "evaluation")
+_PATHS = {"finetune": "pretrained", "evaluation": "negatives_file"}
+"""Settings that name a place on the machine that trained."""
+
+
+class ExportError(ValueError):
+    """A model that cannot be exported, imported or loaded; the message names the file or tensor."""
+
+
+def load_export(folder: str) -> S3Rec:
+    """The model of a folder written by ``s3rec export`` or ``s3rec import``, on the CPU, with the item attributes
+    where the folder has a catalogue.
+
+    Raises :class:`ExportError` for another kind of folder, and CheckpointError or DatasetError for a damaged file.
+    """
+    weights, metadata = load_weights(folder)
+    return _model(weights, metadata, open_catalogue(folder, metadata))
+
+
+def load_model(path: str, dataset: Dataset) -> S3Rec:
+    """The model of a run's, a checkpoint's or an exported folder, on the CPU, with the attributes of ``dataset``.
+
+    Raises CheckpointError where its weights are missing or damaged, or where its item ids are not those of
+    ``dataset``.
+    """
+    weights, metadata = load_weights(path)
+    check_catalogue(metadata, dataset)
+    return _model(weights, metadata, dataset)
+
+
+def open_catalogue(folder: str, metadata: Mapping[str, Any] | None = None) -> Dataset | None:
+    """The catalogue of an exported folder, verified, as a dataset without sequences; None where it has none.
+
+    ``metadata`` is the folder's, where it has been read already. Raises :class:`ExportError` for another kind of
+    folder, DatasetError for a damaged catalogue.
+    """
+    if metadata is None:
+        try:
+            metadata = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            metadata = {}
+    if not isinstance(metadata, Mapping) or metadata.get("format") != FORMAT:
+        raise ExportError(f"{folder}: not a model folder; make one from a run or checkpoint with 's3rec export'")
+    if metadata.get("version") != VERSION:
+        raise ExportError(
+            f"{folder}: a model folder of version {metadata.get('version')!r}, this program reads version {VERSION}; "
+            "export the run again with this version"
+        )
+    if "catalogue" not in metadata:
+        return None
+    manifest = Manifest(
+        name=metadata["dataset"]["name"],
+        users=0,
+        items=metadata["n_items"],
+        attributes=metadata["n_attributes"],
+        interactions=0,
+        shards=(),
+        files={name: metadata["files"][name]["sha256"] for name in CATALOGUE},
+        preparation={},
+        created_with=metadata["created_with"],
+    )
+    catalogue = Dataset(str(folder), manifest)
+    catalogue.verify()
+    return catalogue
+
+
+def _model(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], catalogue: Dataset | None) -> S3Rec:
+    path = metadata["path"]
+    if "config" not in metadata:
+        raise ExportError(f"{path}: its metadata has no settings; expected a run, a checkpoint or an exported model")
+    config = from_dict(metadata["config"], path)
+    model = S3Rec(
+        dataclasses.replace(config.model, attention="auto"),  # this machine's choice, not the training machine's
+        catalogue.n_items if catalogue else metadata["n_items"],
+        catalogue.n_attributes if catalogue else metadata["n_attributes"],
+        catalogue.item_attributes() if catalogue else None,
+        config.pretrain,
+        config.finetune,
+    )
+    fit_weights(model, weights, path)
+    return model
+
+
+def export(path: str, dataset: Dataset, output: str, *, overwrite: bool = False) -> None:
+    """Writes the model of a run, checkpoint or exported folder as a model folder with the catalogue of ``dataset``.
+
+    Raises :class:`ExportError` where ``output`` exists or cannot be written, and what :func:`load_model` raises.
+    """
+    weights, metadata = load_weights(path)
+    check_catalogue(metadata, dataset)
+    model = _model(weights, metadata, dataset)
+    kept: dict[str, Any] = {name: metadata[name] for name in ("stage", "epoch", "step", "metrics") if name in metadata}
+    write_model(model, output, kept, from_dict(metadata["config"], path), dataset, overwrite=overwrite)
+
+
+def write_model(
+    model: S3Rec,
+    output: str,
+    facts: Mapping[str, Any],
+    config: Config,
+    dataset: Dataset | None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a model folder, whole or not at all; an earlier model folder is replaced only with ``overwrite``.
+
+    ``facts`` (stage, epoch, step, metrics) go into config.json and the model card. Raises :class:`ExportError`.
+    """
+    settings = {name: value for name, value in to_dict(config).items() if name in _KEPT_SETTINGS}
+    for section, name in _PATHS.items():
+        del settings[section][name]
+    metadata: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "created_with": f"s3rec_dist {s3rec_dist.__version__}",
+        "n_items": model.n_items,
+        "n_attributes": model.n_attributes,
+        **facts,
+        "config": settings,
+    }
+    if dataset is not None:
+        manifest = dataset.manifest
+        counts = {"name": manifest.name, "users": manifest.users, "interactions": manifest.interactions}
+        metadata |= {
+            "dataset": counts,
+            "dataset_fingerprint": dataset.fingerprint,
+            "catalogue": catalogue_of(dataset),
+        }
+    weights = {name: tensor.float().contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        with _whole_folder(Path(os.path.abspath(output)), overwrite) as folder:
+            save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+            files = {WEIGHTS: describe(folder / WEIGHTS)}
+            if dataset is not None:
+                for name in CATALOGUE:
+                    files[name] = _copy(dataset, name, folder)
+            metadata["files"] = files
+            (folder / CONFIG).write_text(json.dumps(metadata, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (folder / CARD).write_text(model_card(metadata, os.path.basename(os.path.abspath(output))), "utf-8")
+            (folder / WEIGHTS).chmod((folder / CARD).stat().st_mode)  # safetensors makes files for their owner alone
+            for name in (*files, CONFIG, CARD, "."):
+                sync_file(str(folder / name))
+    except (OSError, SafetensorError) as error:
+        raise ExportError(
+            f"{output}: the model could not be written ({error}); make room, or choose another output. "
+            "Nothing has been changed"
+        ) from error
+
+
+def _copy(dataset: Dataset, name: str, folder: Path) -> dict[str, Any]:
+    """Copies a file of the catalogue and compares it with the dataset's manifest."""
+    source = f"{dataset.path}/{name}"
+    with fsspec.open(source, "rb") as read, open(folder / name, "wb") as write:
+        shutil.copyfileobj(read, write)
+    described = describe(folder / name)
+    if described["sha256"] != dataset.manifest.files[name]:
+        raise ExportError(
+            f"{source}: SHA-256 is {described['sha256']}, the manifest says {dataset.manifest.files[name]}; "
+            "restore the file or prepare the dataset again"
+        )
+    return described
+
+
+@contextlib.contextmanager
+def _whole_folder(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside ``output`` that takes its place when the block ends well, and leaves nothing when not."""
+    if os.path.lexists(output) and not (output.is_dir() and not os.listdir(output)):
+        if not overwrite:
+            raise ExportError(f"{output}: exists already; choose another output, or pass --overwrite to replace it")
+        if not ((output / CONFIG).is_file() and (output / WEIGHTS).is_file()):
+            raise ExportError(f"{output}: not a model folder, so --overwrite leaves it alone; choose another output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    whole, replaced = draft / "model", draft / "replaced"
+    try:
+        whole.mkdir()
+        yield whole
+        if output.exists():
+            output.rename(replaced)
+        try:
+            whole.rename(output)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(output)
+            raise
+        sync_file(str(output.parent))
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def model_card(metadata: Mapping[str, Any], name: str) -> str:
+    """README.md of a model folder called ``name`` with this config.json: front matter, then prose in Markdown."""
+    config, dataset = metadata["config"], metadata.get("dataset")
+    model = config["model"]
+    stage = {
+        "finetune": "fine-tuned to predict the next item",
+        "pretrain": "pretrained with the four self-supervised tasks (not fine-tuned)",
+    }.get(metadata.get("stage", ""), "imported from a checkpoint of the original PyTorch implementation")
+    lines = [
+        "---",
+        "library_name: s3rec_dist",
+        "tags:",
+        *(f"- {tag}" for tag in ("recommendation", "sequential-recommendation", "s3-rec", "safetensors")),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"An S3-Rec sequential recommender, {stage}. It scores every item as the next one of a user's history.",
+        "",
+        "## Data",
+        "",
+    ]
+    sizes = f"{metadata['n_items']:,} items, {metadata['n_attributes']:,} attributes"
+    if dataset:
+        lines += [
+            f"{dataset['name']}: {dataset['users']:,} users, {sizes}, {dataset['interactions']:,} interactions "
+            f"(dataset fingerprint `{metadata['dataset_fingerprint'][:12]}`). The catalogue lies beside the weights: "
+            f"`{CATALOGUE[0]}` has each item's id, raw id, count and attributes.",
+        ]
+    else:
+        lines += [f"{sizes}. The catalogue is not part of this folder: item ids are the numbers trained on."]
+    shown = ("hidden_size", "layers", "heads", "inner_size", "max_length", "position_alignment")
+    lines += ["", "## Settings", "", "| setting | value |", "|---|---|"]
+    lines += [f"| {key} | {model[key]} |" for key in shown]
+    if "step" in metadata:
+        lines += [f"| epochs trained | {metadata['epoch']:g} |", f"| steps trained | {metadata['step']:,} |"]
+    lines += ["", "All settings are in `config.json`.", ""]
+    if metadata.get("metrics"):
+        evaluation = config["evaluation"]
+        against = "all items not yet seen"
+        if evaluation["protocol"] == "sampled":
+            against = f"{evaluation['negatives']} sampled items"
+        lines += [
+            "## Validation",
+            "",
+            f"The item before each user's last one, ranked among {against}:",
+            "",
+            "| metric | value |",
+            "|---|---|",
+            *(f"| {key} | {value:.4f} |" for key, value in metadata["metrics"].items()),
+            "",
+        ]
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from s3rec_dist.model import S3Rec",
+        "",
+        f'model = S3Rec.from_pretrained("{name}").eval()',
+        "```",
+        "",
+    ]
+    if dataset:
+        lines += [
+            "```sh",
+            f"s3rec recommend {name} --histories histories.parquet --k 10 --output recommendations.parquet",
+            f"s3rec finetune data.path=DATASET finetune.pretrained={name}",
+            "```",
+            "",
+            "`histories.parquet` has a row per user: `user`, and `items`, a list of raw item ids, oldest first.",
+        ]
+    else:
+        lines += ["```sh", f"s3rec finetune data.path=DATASET finetune.pretrained={name}", "```"]
+    return "\n".join(lines) + "\n"
+
+
+def import_reference(checkpoint: str, heads: int = 2, dataset: Dataset | None = None) -> S3Rec:
+    """The model of a state dict that the S3-Rec authors' PyTorch implementation saved.
+
+    Sizes come from the tensors' shapes; the number of ``heads`` is not among them. ``dataset`` must have the
+    checkpoint's items and attributes, numbered alike. Raises :class:`ExportError` for a file that is not a plain
+    state dict, or naming a tensor that is unknown, missing or of an unexpected shape.
+    """
+    tensors = _read_state_dict(checkpoint)
+    model = _model_of_shapes(tensors, heads, checkpoint, dataset)
+    own = model.state_dict()
+    names = _reference_names(model.config.layers)
+    known = {part for parts in names.values() for part in parts}
+    if missing := known - tensors.keys():
+        raise ExportError(f"{checkpoint}: has no tensor {min(missing)}; {_EXPECTED}")
+    if unknown := tensors.keys() - known:
+        raise ExportError(f"{checkpoint}: has a tensor {min(unknown)}, which an S3-Rec model does not; {_EXPECTED}")
+    for name, parts in names.items():
+        rows, *rest = own[name].shape
+        expected = [rows // len(parts), *rest]
+        for part in parts:
+            if list(tensors[part].shape) != expected:
+                raise ExportError(
+                    f"{checkpoint}: {part} has shape {list(tensors[part].shape)}, expected {expected}; {_EXPECTED}"
+                )
+    fused = {name: torch.cat([tensors[part].float() for part in parts]) for name, parts in names.items()}
+    fit_weights(model, fused, checkpoint)
+    return model
+
+
+_EXPECTED = "expected a checkpoint of the S3-Rec authors' PyTorch implementation"
+
+
+def _read_state_dict(path: str) -> dict[str, torch.Tensor]:
+    """Float tensors by name; nothing else is unpickled."""
+    try:
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ExportError(
+            f"{path}: holds more than tensors, or is no torch file, and was not loaded, because unpickling it could "
+            f"run code; save the model's state_dict() alone ({str(error).strip().splitlines()[0]})"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # torch raises whatever its zip reader and unpickler meet
+        raise ExportError(f"{path}: cannot be read ({error}); {_EXPECTED}") from error
+    if not isinstance(tree, Mapping):
+        raise ExportError(f"{path}: holds a {type(tree).__name__}, not a state dict; {_EXPECTED}")
+    for name, value in tree.items():
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.layout != torch.strided:
+            kind = value.type() if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ExportError(f"{path}: {name!r} holds a {kind}, not a dense tensor of floats; {_EXPECTED}")
+    return dict(tree)
+
+
+def _model_of_shapes(tensors: Mapping[str, torch.Tensor], heads: int, path: str, dataset: Dataset | None) -> S3Rec:
+    """An S3Rec of the sizes that a reference state dict has."""
+
+    def shape(name: str) -> tuple[int, int]:
+        if name not in tensors or tensors[name].ndim != 2:
+            found = f"of shape {list(tensors[name].shape)}" if name in tensors else "missing"
+            raise ExportError(f"{path}: tensor {name} is {found}; {_EXPECTED}")
+        rows, columns = tensors[name].shape
+        return rows, columns
+
+    item_rows, hidden_size = shape("item_embeddings.weight")
+    layers = [int(match[1]) for name in tensors if (match := re.match(r"item_encoder\.layer\.(\d+)\.", name))]
+    config = ModelConfig(
+        hidden_size=hidden_size,
+        layers=max(layers, default=0) + 1,
+        heads=heads,
+        inner_size=shape("item_encoder.layer.0.intermediate.dense_1.weight")[0],
+        max_length=shape("position_embeddings.weight")[0],
+    )
+    n_items, n_attributes = item_rows - 2, shape("attribute_embeddings.weight")[0] - 1
+    if dataset is not None:
+        _check_numbering(dataset, n_items, n_attributes, path)
+    return S3Rec(config, n_items, n_attributes, dataset.item_attributes() if dataset else None)
+
+
+def _check_numbering(dataset: Dataset, n_items: int, n_attributes: int, path: str) -> None:
+    """Raises where the ids of ``dataset`` are not the numbers that the reference trains on."""
+    if (dataset.n_items, dataset.n_attributes) != (n_items, n_attributes):
+        raise ExportError(
+            f"{path}: knows {n_items} items and {n_attributes} attributes, {dataset.path} has {dataset.n_items} and "
+            f"{dataset.n_attributes}; prepare the dataset that it was trained on, with --ids keep"
+        )
+    for name, table in zip(CATALOGUE, (dataset.items_table(), dataset.attributes_table()), strict=True):
+        for number, raw in enumerate(table.column("raw").to_pylist(), 1):
+            if raw != str(number):
+                raise ExportError(
+                    f"{dataset.path}/{name}: id {number} stands for {raw!r}, but the reference trains on the ids of "
+                    "its input files as they are; prepare the dataset with --source s3rec --ids keep"
+                )
+
+
+def _reference_names(layers: int) -> dict[str, tuple[str, ...]]:
+    """The reference's tensor behind each of ours, or its tensors, stacked by rows."""
+    modules: dict[str, tuple[str, ...]] = {"embedding_norm": ("LayerNorm",)}
+    modules |= {f"{task}_head": (f"{task}_norm",) for task in ("aap", "mip", "map", "sp")}
+    for i in range(layers):
+        layer = f"item_encoder.layer.{i}"
+        modules |= {
+            f"blocks.{i}.qkv": tuple(f"{layer}.attention.{part}" for part in ("query", "key", "value")),
+            f"blocks.{i}.attention_output": (f"{layer}.attention.dense",),
+            f"blocks.{i}.attention_norm": (f"{layer}.attention.LayerNorm",),
+            f"blocks.{i}.inner": (f"{layer}.intermediate.dense_1",),
+            f"blocks.{i}.inner_output": (f"{layer}.intermediate.dense_2",),
+            f"blocks.{i}.output_norm": (f"{layer}.intermediate.LayerNorm",),
+        }
+    tables = {
+        f"{table}_embedding.weight": (f"{table}_embeddings.weight",) for table in ("item", "attribute", "position")
+    }
+    return tables | {
+        f"{own}.{kind}": tuple(f"{part}.{kind}" for part in parts)
+        for own, parts in modules.items()
+        for kind in ("weight", "bias")
+    }
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``s3rec export``."""
+    parser.add_argument("model", metavar="RUN", help="a run (its best checkpoint), a checkpoint, or a model folder")
+    parser.add_argument(
+        "--dataset", "--data", required=True, metavar="DIR", help="dataset it was trained on, whose catalogue is copied"
+    )
+    _add_output_arguments(parser)
+
+
+def add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``s3rec import``."""
+    parser.add_argument(
+        "--format",
+        choices=("reference",),
+        default="reference",
+        help="what wrote the checkpoint: reference (the default) is the S3-Rec authors' PyTorch code",
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="the .pt file, a plain state dict")
+    parser.add_argument(
+        "--dataset", "--data", metavar="DIR", help="dataset with the same ids, for its catalogue (default: none)"
+    )
+    parser.add_argument(
+        "--heads", type=int, default=2, metavar="N", help="attention heads, which the file does not say (default: 2)"
+    )
+    _add_output_arguments(parser)
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", required=True, metavar="DIR", help="model folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if it is a model folder")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """``s3rec export``."""
+    export(args.model, Dataset.open(args.dataset), args.output, overwrite=args.overwrite)
+    _report(args.output)
+
+
+def run_import(args: argparse.Namespace) -> None:
+    """``s3rec import``."""
+    dataset = Dataset.open(args.dataset) if args.dataset else None
+    model = import_reference(args.checkpoint, args.heads, dataset)
+    config = dataclasses.replace(Config(), model=model.config)
+    write_model(model, args.output, {"stage": "reference"}, config, dataset, overwrite=args.overwrite)
+    _report(args.output)
+
+
+def _report(output: str) -> None:
+    files = sorted(Path(output).iterdir())
+    size = sum(path.stat().st_size for path in files) / 1e6
+    print(f"{output}: {', '.join(path.name for path in files)} ({size:.1f} MB)")
