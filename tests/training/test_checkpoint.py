@@ -151,7 +151,7 @@ def test_steps_that_are_trained_again_replace_what_was_there(saved: tuple[Engine
     assert found is not None and found.state["step"] == 3 and not found.damaged
 
 
-@pytest.mark.parametrize("point", ["save_file", "_describe", "_publish", "sync_file", "Path.rename"])
+@pytest.mark.parametrize("point", ["save_file", "describe", "_publish", "sync_file", "Path.rename"])
 def test_a_failing_save_leaves_earlier_checkpoints_and_nothing_else(
     saved: tuple[Engine, Path], monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
