@@ -8,9 +8,16 @@ S3REC_GOLDEN: recorded inputs and outputs of their model.
 from __future__ import annotations
 
 import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for processes.py
+
+from processes import start_process, wait_for
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -49,3 +56,29 @@ def published_data() -> Path:
 def golden() -> Path:
     """Beauty.npz and LastFM.npz."""
     return _folder("S3REC_GOLDEN")
+
+
+@pytest.fixture(scope="session")
+def launch() -> Callable[..., list[str]]:
+    """``launch(2, ["script.py", ...])`` runs two ranks and returns what each printed. A rank that fails, or a time
+    limit, ends all of them."""
+
+    def run(
+        ranks: int,
+        command: Sequence[str],
+        *,
+        timeout: float = 150,
+        environment: dict[str, str] | None = None,
+        expect: int = 0,
+    ) -> list[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        processes = []
+        for rank in range(ranks):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+            processes.append(start_process([sys.executable, *command], own | (environment or {})))
+        return wait_for(processes, timeout, expect)
+
+    return run

@@ -13,7 +13,7 @@ import pytest
 
 
 def start_process(command: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
         list(command),
