@@ -1,0 +1,396 @@
+"""Batch recommendation: histories in, each user's best k items out, Parquet on both sides.
+
+    s3rec recommend models/beauty --dataset data/beauty --k 10 --output recommendations.parquet
+    s3rec recommend models/beauty --histories histories.parquet --output recommendations.parquet
+
+Users come from the dataset, with their whole histories (the held-out items too: this is for use, evaluation
+is for measuring), or from a Parquet file with a row per user:
+
+    user    string or integer
+    items   list of raw item ids (strings or integers), oldest first
+
+The output has a row per recommendation, best first, users in the order of the input:
+
+    user string, rank int32 (from 1), item string (raw id), score float32
+
+Candidates are the items that somebody in the dataset has taken, less those of the user's own history. A user
+with fewer than k candidates gets fewer rows. Equal scores are ranked by item id. Memory is bounded by
+``batch_users`` x ``item_chunk`` scores, and the output file appears only when it is whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from s3rec_dist.config import EvaluationConfig
+from s3rec_dist.data.dataset import Dataset
+from s3rec_dist.data.formats import DAMAGE, parquet_writer, sync_file
+from s3rec_dist.evaluation import Histories, add_device_argument, device_of, item_vectors, user_vectors
+from s3rec_dist.model.s3rec import S3Rec
+
+SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
+
+_ROWS_READ = 4096
+_ROWS_WRITTEN = 1 << 17
+_LOW_32 = 0xFFFFFFFF
+
+
+class RecommendError(ValueError):
+    """Recommendations that cannot be made or written; the message names the file, row, user or item."""
+
+
+@dataclass
+class Counts:
+    """What was read, left out and written."""
+
+    users: int = 0
+    """Users with recommendations."""
+    rows: int = 0
+    """Recommendations."""
+    unknown_items: int = 0
+    """Items of given histories that the catalogue lacks, dropped."""
+    empty_users: int = 0
+    """Users of given histories without a known item, left out."""
+
+
+def top_k(
+    users: torch.Tensor,
+    items: torch.Tensor,
+    k: int,
+    excluded: tuple[torch.Tensor, torch.Tensor],
+    item_chunk: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``k`` items with the highest scores (``users`` [B, E] times ``items`` [N, E]): item ids int64 [B, K] and
+    scores fp32 [B, K], best first, K = min(k, N). Row i of ``items`` is item i + 1.
+
+    The ``excluded`` (user's place, item id) pairs [P] are no candidates; places that no candidate is left for
+    have a score of minus infinity. Of equal scores the lower item id comes first. No more than [B, item_chunk]
+    scores exist at a time.
+    """
+    rows, columns = excluded[0], excluded[1] - 1
+    best = torch.empty(len(users), 0, dtype=torch.int64, device=users.device)
+    for begin in range(0, len(items), item_chunk):
+        scores = users @ items[begin : begin + item_chunk].T  # [B, C]
+        inside = (columns >= begin) & (columns < begin + item_chunk)
+        scores[rows[inside], columns[inside] - begin] = -torch.inf
+        best = torch.cat((best, _best_of_chunk(scores, begin + 1, k)), 1)
+        best = best.topk(min(k, best.shape[1])).values
+    return _decode(best)
+
+
+def _best_of_chunk(scores: torch.Tensor, first_item: int, k: int) -> torch.Tensor:
+    """Keys int64 [B, >= min(k, C)] of the best items of [B, C] scores."""
+    values, columns = scores.topk(min(k + 1, scores.shape[1]))
+    keys = _encode(values, columns + first_item)
+    if values.shape[1] > k:
+        # topk chose any of the items that tie at the cut-off; here the lowest ids win
+        tied = ((values[:, k - 1] == values[:, k]) & (values[:, k] > -torch.inf)).nonzero().squeeze(1)
+        if len(tied):
+            ids = torch.arange(first_item, first_item + scores.shape[1], device=scores.device)
+            keys[tied] = _encode(scores[tied], ids).topk(keys.shape[1]).values
+    return keys
+
+
+def _encode(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """int64 keys whose order is that of the scores, then of falling ids. Adding 0 makes -0 equal to 0."""
+    bits = (scores.float() + 0.0).view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) + (_LOW_32 - ids)
+
+
+def _decode(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    ordered = (keys >> 32).int()
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    return _LOW_32 - (keys & _LOW_32), bits.view(torch.float32)
+
+
+def dataset_histories(dataset: Dataset) -> Iterator[Histories]:
+    """Every user's whole history, a row group at a time."""
+    for index in range(len(dataset.row_groups)):
+        sequences = dataset.read_row_group(index)
+        yield Histories(sequences.users, sequences.values, sequences.offsets[:-1], sequences.offsets[1:])
+
+
+def file_histories(path: str, catalogue: Dataset, counts: Counts, *, skip_unknown: bool = False) -> Iterator[Histories]:
+    """The histories of a Parquet file (see the module's docstring), some thousand at a time.
+
+    An item that ``catalogue`` lacks raises :class:`RecommendError` naming file, row and item, or is dropped with
+    ``skip_unknown``; a user without a known item is left out. Both are counted in ``counts``.
+    """
+    known = catalogue.items_table().column("raw").combine_chunks()
+    try:
+        with fsspec.open(path, "rb") as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
+            _check_columns(path, file.schema_arrow)
+            first_row = 1
+            for batch in file.iter_batches(batch_size=_ROWS_READ, columns=["user", "items"]):
+                yield _known_histories(batch, known, f"{path}: row", first_row, counts, skip_unknown)
+                first_row += batch.num_rows
+    except FileNotFoundError as error:
+        raise RecommendError(f"{path}: no such file; expected Parquet with columns user and items") from error
+    except DAMAGE as error:
+        raise RecommendError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def _check_columns(path: str, schema: pa.Schema) -> None:
+    def is_plain(kind: pa.DataType) -> bool:
+        return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
+
+    def is_list(kind: pa.DataType) -> bool:
+        return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and is_plain(kind.value_type)
+
+    for name, is_right, expected in (
+        ("user", is_plain, "strings or integers"),
+        ("items", is_list, "lists of strings or integers"),
+    ):
+        if schema.get_all_field_indices(name) == []:
+            raise RecommendError(f"{path}: has no column {name!r}, only {', '.join(schema.names)}; expected {expected}")
+        if not is_right(schema.field(name).type):
+            raise RecommendError(f"{path}: column {name!r} holds {schema.field(name).type}; expected {expected}")
+
+
+def _known_histories(
+    batch: pa.RecordBatch, known: pa.Array, where: str, first_row: int, counts: Counts, skip_unknown: bool
+) -> Histories:
+    users, lists = batch.column("user").cast(pa.string()), batch.column("items")
+    for name, column in (("user", users), ("items", lists)):
+        if column.null_count:
+            row = first_row + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
+            raise RecommendError(f"{where} {row}: {name} is null; give every row both, or take it out")
+    lengths = pc.list_value_length(lists).to_numpy()
+    raw = lists.flatten().cast(pa.string())
+    found = pc.index_in(raw, value_set=known)  # null where unknown
+    is_known = found.is_valid().to_numpy(zero_copy_only=False)
+    owners = np.repeat(np.arange(len(lengths)), lengths)
+    if not is_known.all() and not skip_unknown:
+        place = int(np.argmin(is_known))
+        raise RecommendError(
+            f"{where} {first_row + owners[place]}: item {raw[place].as_py()!r} is not in the catalogue; take it out, "
+            "or drop all such items with --unknown-items skip"
+        )
+    values = found.drop_null().to_numpy() + 1
+    lengths = np.bincount(owners[is_known], minlength=len(lengths))
+    ends = np.cumsum(lengths)
+    is_left = lengths > 0
+    counts.unknown_items += int((~is_known).sum())
+    counts.empty_users += int((~is_left).sum())
+    return Histories(users.filter(pa.array(is_left)), values, (ends - lengths)[is_left], ends[is_left])
+
+
+def chosen(histories: Iterable[Histories], users: Iterable[str]) -> Iterator[Histories]:
+    """The histories of the given raw user ids. Raises :class:`RecommendError` at the end if one has none."""
+    missing = set(users)
+    wanted = pa.array(sorted(missing), pa.string())
+    for part in histories:
+        is_wanted = pc.is_in(part.users, value_set=wanted)
+        kept = is_wanted.to_numpy(zero_copy_only=False)
+        found = part.users.filter(is_wanted)
+        missing.difference_update(found.to_pylist())
+        yield Histories(found, part.values, part.starts[kept], part.ends[kept])
+    if missing:
+        raise RecommendError(
+            f"--users: no history of user {min(missing)!r} ({len(missing)} such users); leave them out"
+        )
+
+
+def recommend(
+    model: S3Rec,
+    histories: Iterable[Histories],
+    catalogue: Dataset,
+    output: str,
+    counts: Counts,
+    *,
+    k: int,
+    device: torch.device | str = "cpu",
+    include_seen: bool = False,
+    batch_users: int = 256,
+    item_chunk: int = 65536,
+) -> None:
+    """Writes each user's ``k`` best items to the Parquet file ``output``, whole or not at all, and counts them.
+
+    With ``include_seen`` the items of a user's own history are candidates too. Raises :class:`RecommendError`
+    where the file cannot be written, EvaluationError where the model does not fit or its scores are not finite.
+    """
+    raw = catalogue.items_table().column("raw").combine_chunks()
+    taken = catalogue.items_table().column("count").to_numpy() > 0
+    candidates = torch.from_numpy(np.flatnonzero(taken)).to(device)  # ids kept from a source with gaps name no item
+    place = np.where(taken, np.cumsum(taken), 0)  # of item id i + 1 among the candidates, from 1
+    with torch.no_grad(), _whole_table(Path(output)) as write:
+        items = item_vectors(model, catalogue.n_items, catalogue.path)[candidates]
+        for batch in _batches(histories, batch_users):
+            users = user_vectors(model, batch, device)
+            rows, seen = (np.empty(0, np.int64),) * 2 if include_seen else batch.seen()
+            seen = place[seen - 1]
+            excluded = (torch.from_numpy(rows[seen > 0]).to(device), torch.from_numpy(seen[seen > 0]).to(device))
+            best, scores = top_k(users, items, k, excluded, item_chunk)
+            table = _rows(batch.users, candidates[best - 1].cpu().numpy(), scores.cpu().numpy(), raw)
+            write(table)
+            counts.users += len(batch.users)
+            counts.rows += table.num_rows
+
+
+def _batches(histories: Iterable[Histories], size: int) -> Iterator[Histories]:
+    for part in histories:
+        for at in range(0, len(part.users), size):
+            rows = slice(at, at + size)
+            yield Histories(part.users[rows], part.values, part.starts[rows], part.ends[rows])
+
+
+def _rows(users: pa.Array, places: np.ndarray, scores: np.ndarray, raw: pa.Array) -> pa.Table:
+    """A table of SCHEMA from places [B, K] in the catalogue and scores [B, K]; minus infinity is no row."""
+    row, column = np.nonzero(scores > -np.inf)
+    columns = [
+        users.take(pa.array(row)),
+        pa.array(column + 1, pa.int32()),
+        raw.take(pa.array(places[row, column])),
+        pa.array(scores[row, column], pa.float32()),
+    ]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+@contextlib.contextmanager
+def _whole_table(output: Path) -> Iterator[Callable[[pa.Table], None]]:
+    """What writes a table's rows to a file that takes the place of ``output`` when the block ends well."""
+    draft = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    waiting: list[pa.Table] = []
+
+    def write(table: pa.Table) -> None:
+        waiting.append(table)
+        if sum(part.num_rows for part in waiting) >= _ROWS_WRITTEN:
+            flush()
+
+    def flush() -> None:
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+            waiting.clear()
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.is_dir():
+            raise RecommendError(f"{output}: is a folder; name a file")
+        writer = parquet_writer(str(draft), SCHEMA)
+        try:
+            yield write
+            flush()
+        except BaseException:
+            with contextlib.suppress(OSError):  # the error that brought us here is the one to report
+                writer.close()
+            raise
+        writer.close()
+        sync_file(str(draft))
+        draft.replace(output)
+        sync_file(str(output.parent))
+    except OSError as error:
+        raise RecommendError(
+            f"{output}: could not be written ({error}); make room, or choose another output. Nothing has been changed"
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``s3rec recommend``."""
+    defaults = EvaluationConfig()
+    parser.add_argument("model", metavar="MODEL", help="model folder, or with --dataset a run or checkpoint")
+    parser.add_argument(
+        "--dataset",
+        "--data",
+        metavar="DIR",
+        help="dataset whose users are recommended to, and whose catalogue is used (default: the model folder's)",
+    )
+    parser.add_argument(
+        "--histories", metavar="FILE", help="Parquet with columns user and items (raw ids, oldest first), used instead"
+    )
+    parser.add_argument(
+        "--unknown-items",
+        choices=("error", "skip"),
+        default="error",
+        help="stop at an item of --histories that is not in the catalogue (error, the default), or drop it",
+    )
+    parser.add_argument("--users", nargs="+", metavar="USER", help="raw ids of the users wanted (default: all)")
+    parser.add_argument("--k", type=_positive, default=10, metavar="K", help="items for each user (default: 10)")
+    parser.add_argument("--include-seen", action="store_true", help="recommend items of the user's own history as well")
+    parser.add_argument("--output", required=True, metavar="FILE", help="Parquet to write: user, rank, item, score")
+    parser.add_argument(
+        "--batch-users",
+        type=_positive,
+        default=defaults.batch_users,
+        metavar="N",
+        help=f"users scored together (default: {defaults.batch_users})",
+    )
+    parser.add_argument(
+        "--item-chunk",
+        type=_positive,
+        default=defaults.item_chunk,
+        metavar="N",
+        help=f"items scored together, which bounds memory (default: {defaults.item_chunk})",
+    )
+    add_device_argument(parser)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 1")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> None:
+    """``s3rec recommend``: the file, and a line about it on stdout."""
+    from s3rec_dist.export import load_export, load_model, open_catalogue
+
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise RecommendError(
+            "recommend runs as one process; start it without a launcher, once for each part of the users if need be"
+        )
+    if not args.dataset and not args.histories:
+        raise RecommendError("nobody to recommend to; give --dataset for its users, or --histories for others")
+    begin = time.perf_counter()
+    device = device_of(args.device)
+    counts = Counts()
+    if args.dataset:
+        catalogue = Dataset.open(args.dataset)
+        model = load_model(args.model, catalogue)
+    else:
+        found = open_catalogue(args.model)
+        if found is None:
+            raise RecommendError(f"{args.model}: has no catalogue, so raw ids mean nothing to it; give --dataset too")
+        catalogue, model = found, load_export(args.model)
+    if args.histories:
+        skip = args.unknown_items == "skip"
+        histories = file_histories(args.histories, catalogue, counts, skip_unknown=skip)
+    else:
+        histories = dataset_histories(catalogue)
+    if args.users:
+        histories = chosen(histories, args.users)
+    recommend(
+        model.to(device).eval(),
+        histories,
+        catalogue,
+        args.output,
+        counts,
+        k=args.k,
+        device=device,
+        include_seen=args.include_seen,
+        batch_users=args.batch_users,
+        item_chunk=args.item_chunk,
+    )
+    print(
+        f"{args.output}: {counts.rows:,} recommendations for {counts.users:,} users among {catalogue.n_items:,} items, "
+        f"in {time.perf_counter() - begin:.1f} s"
+    )
+    if counts.unknown_items:
+        print(f"{args.histories}: dropped {counts.unknown_items:,} items that the catalogue lacks")
+    if counts.empty_users:
+        print(f"{args.histories}: left out {counts.empty_users:,} users without a known item")
