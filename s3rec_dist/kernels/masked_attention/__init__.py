@@ -31,15 +31,16 @@ def masked_attention(
     """softmax(q k^T * scale) v within each sequence; returns [Q, H, D] in the type of ``q``.
 
     ``k`` and ``v`` are [T, H, D], any stride but a contiguous D; sequence b is rows ``cu_seqlens[b]`` to
-    ``cu_seqlens[b + 1] - 1`` (int32 [B + 1]), at most ``max_seqlen`` of them. ``q`` is [T, H, D] likewise, or, with
-    ``cu_seqlens_q``, [Q, H, D]: the queries of only the last few tokens of each sequence. ``causal`` lets a token
-    attend to itself and to what precedes it, else to the whole sequence.
+    ``cu_seqlens[b + 1] - 1`` (int32 [B + 1]), 1 to ``max_seqlen`` of them. ``q`` is [T, H, D] likewise, or, with
+    ``cu_seqlens_q``, [Q, H, D]: the queries of only the last few tokens of each sequence, at least one. ``causal``
+    lets a token attend to itself and to what precedes it, else to the whole sequence.
 
     ``dropout_p`` drops attention probabilities; ``dropout_keys`` (int64 [B]) decides which: the bit of (sequence b,
     head h, query position i, key position j) is lane j of the row hashed from (key b, h, i), see
     :func:`~s3rec_dist.hashing.keep_mask`. It is the same in every backend, forward and backward.
 
-    Raises ValueError for tensors that do not fit this description.
+    Raises ValueError for tensors that do not fit this description; what ``cu_seqlens`` hold is looked at only on a
+    CPU, since reading them would stall a GPU.
     """
     if q.dim() != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(
@@ -49,6 +50,12 @@ def masked_attention(
         raise ValueError(f"q has {len(q)} rows, k has {len(k)}; give cu_seqlens_q where only some tokens have queries")
     if cu_seqlens_q is not None and cu_seqlens_q.shape != cu_seqlens.shape:
         raise ValueError(f"cu_seqlens_q is {list(cu_seqlens_q.shape)}, cu_seqlens is {list(cu_seqlens.shape)}")
+    if cu_seqlens.device.type == "cpu":
+        _check_lengths("cu_seqlens", cu_seqlens, len(k), max_seqlen)
+        if cu_seqlens_q is not None:
+            _check_lengths("cu_seqlens_q", cu_seqlens_q, len(q), max_seqlen)
+            if (cu_seqlens_q.diff() > cu_seqlens.diff()).any():
+                raise ValueError("cu_seqlens_q has sequences with more queries than tokens")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p}: expected a probability from 0 to below 1")
     if dropout_p and (dropout_keys is None or len(dropout_keys) != len(cu_seqlens) - 1):
@@ -68,3 +75,13 @@ def choose_backend(wanted: str = "auto") -> str:
     if wanted not in BACKENDS:
         raise ValueError(f"backend={wanted!r}: expected auto, {', '.join(BACKENDS)}")
     return wanted
+
+
+def _check_lengths(name: str, cu_seqlens: torch.Tensor, rows: int, longest: int) -> None:
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != rows:
+        raise ValueError(f"{name} goes from {first} to {last}, for {rows} rows: expected from 0 to {rows}")
+    if len(cu_seqlens) > 1:
+        low, high = map(int, cu_seqlens.diff().aminmax())
+        if low < 1 or high > longest:
+            raise ValueError(f"{name} has sequences of lengths {low} to {high}; expected from 1 to {longest}")
