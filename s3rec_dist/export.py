@@ -54,7 +54,7 @@ CATALOGUE = ("items.parquet", "attributes.parquet")
 
 _KEPT_SETTINGS = ("seed", "model", "pretrain", "finetune", "evaluation")
 _PATHS = {"finetune": "pretrained", "evaluation": "negatives_file"}
-"""Settings that name a place on the machine that trained."""
+"""Settings that name a place on the machine that trained; the last part of the path is kept."""
 
 
 class ExportError(ValueError):
@@ -162,7 +162,7 @@ def write_model(
     """
     settings = {name: value for name, value in to_dict(config).items() if name in _KEPT_SETTINGS}
     for section, name in _PATHS.items():
-        del settings[section][name]
+        settings[section][name] = os.path.basename(settings[section][name].rstrip("/"))
     metadata: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -246,10 +246,11 @@ def model_card(metadata: Mapping[str, Any], name: str) -> str:
     """README.md of a model folder called ``name`` with this config.json: front matter, then prose in Markdown."""
     config, dataset = metadata["config"], metadata.get("dataset")
     model = config["model"]
+    from_scratch = config["finetune"]["pretrained"] == "none"
     stage = {
-        "finetune": "fine-tuned to predict the next item",
-        "pretrain": "pretrained with the four self-supervised tasks (not fine-tuned)",
-    }.get(metadata.get("stage", ""), "imported from a checkpoint of the original PyTorch implementation")
+        "finetune": "trained to predict the next item, " + ("from scratch" if from_scratch else "after pretraining"),
+        "pretrain": "pretrained with the four self-supervised tasks and not fine-tuned",
+    }.get(metadata.get("stage", ""), "imported from a checkpoint of the S3-Rec authors' PyTorch implementation")
     lines = [
         "---",
         "library_name: s3rec_dist",
@@ -282,7 +283,9 @@ def model_card(metadata: Mapping[str, Any], name: str) -> str:
     if metadata.get("metrics"):
         evaluation = config["evaluation"]
         against = "all items not yet seen"
-        if evaluation["protocol"] == "sampled":
+        if evaluation["negatives_file"]:
+            against = f"the negatives of {evaluation['negatives_file']}"
+        elif evaluation["protocol"] == "sampled":
             against = f"{evaluation['negatives']} sampled items"
         lines += [
             "## Validation",
