@@ -103,6 +103,10 @@ class S3Rec(nn.Module):
         With ``queries``, only their hidden states, [Q, E]; the last block then computes nothing else.
         ``keys`` turn dropout on.
         """
+        if max_length > self.config.max_length:
+            raise ValueError(
+                f"a sequence is {max_length} long, the model has {self.config.max_length} positions; cut it"
+            )
         p = self.config.hidden_dropout
         x = self.embedding_norm(self.item_embedding(items) + self.position_embedding(positions))
         x = dropout(x, keys, 0, p)
@@ -136,7 +140,7 @@ class S3Rec(nn.Module):
         return self._task_losses(
             hidden[unmasked],
             hidden[batch.masked],
-            hidden[tokens:].view(3, samples, -1),
+            hidden[tokens:].view(3, samples, hidden.shape[1]),
             self._attribute_pairs(batch.original[unmasked]),
             self._attribute_pairs(batch.original[batch.masked]),
             batch.original[batch.masked],
@@ -201,7 +205,8 @@ class S3Rec(nn.Module):
         kind = self.finetune_config.loss
         if kind == "ce":
             return softmax_loss(hidden, self.item_embedding.weight[1 : self.mask_id], targets.long() - 1)
-        assert negatives is not None
+        if negatives is None:
+            raise ValueError(f"loss={kind!r} needs a negative item for each target, {NEG_ITEM_ID!r}; or use loss='ce'")
         positive = (hidden * self.item_embedding(targets)).sum(-1)
         negative = (hidden * self.item_embedding(negatives)).sum(-1)
         return binary_loss(positive, negative) if kind == "bce" else pairwise_loss(positive, negative, "bpr")
@@ -248,14 +253,13 @@ class S3Rec(nn.Module):
     def forward(self, item_seq: torch.Tensor, bidirectional: bool = True) -> torch.Tensor:
         """Hidden states [B, L, E] of padded item ids [B, L]. Dropout is on in training mode."""
         batch, length = item_seq.shape
-        if length > self.config.max_length:
-            raise ValueError(f"item_seq is {length} long, the model has {self.config.max_length} positions; cut it")
         mask = item_seq != 0
-        offsets = _offsets_of(mask.sum(1))
-        sequence, positions = mask.nonzero(as_tuple=True)
+        offsets = _offsets_of(mask[mask.any(1)].sum(1))  # rows of nothing but padding are no sequences
+        positions = mask.nonzero(as_tuple=True)[1]
         keys = None
         if self.training:
-            keys = self._dropout_keys(_random_keys(batch, item_seq.device), sequence, positions, 0)
+            sequence = _sequence_of(offsets, len(positions))
+            keys = self._dropout_keys(_random_keys(len(offsets) - 1, item_seq.device), sequence, positions, 0)
         hidden = self.encode(item_seq[mask], positions, offsets, length, causal=not bidirectional, keys=keys)
         padded = hidden.new_zeros(batch, length, hidden.shape[1])
         padded[mask] = hidden
