@@ -11,6 +11,7 @@ last batch is short, and a rank may have no sample in it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from s3rec_dist.hashing import hash64, key_of, uniform_below
 
 MAX_STREAMS = 64
 
-_GROUPS, _WINDOW, _PREFIX = 1, 2, 3  # what a key is for
+_GROUPS, _WINDOW, _PREFIX = 101, 102, 103  # what a key is for; the stages' reconstruction has keys of 1 and 2
 
 
 class OrderError(ValueError):
@@ -35,7 +36,7 @@ class SampleSpec:
     anew each epoch.
     """
 
-    samples: str
+    samples: Literal["all_prefixes", "full_sequence", "one_random_prefix"]
     max_items: int
     min_items: int = 1
     holdout: int = 2
@@ -64,18 +65,24 @@ def choose_streams(batch_size: int, streams: int = 0) -> int:
     if streams == 0:
         return next(s for s in range(min(batch_size, MAX_STREAMS), 0, -1) if batch_size % s == 0)
     if batch_size % streams:
-        raise OrderError(f"streams={streams} does not divide batch_size={batch_size}; choose a divisor or 0")
+        raise OrderError(
+            f"streams={streams} does not divide batch_size={batch_size}; use {_divisors(batch_size)}, or 0 to leave "
+            f"the choice to the program"
+        )
     return streams
 
 
 def check_world(streams: int, world_size: int) -> None:
     """Raises :class:`OrderError` unless the streams can be dealt evenly to the ranks."""
     if streams % world_size:
-        usable = ", ".join(str(w) for w in range(1, streams + 1) if streams % w == 0)
         raise OrderError(
-            f"streams={streams} cannot be divided over {world_size} ranks; use {usable} ranks, "
+            f"streams={streams} cannot be divided over {world_size} ranks; use {_divisors(streams)} ranks, "
             "or another batch size or data.streams"
         )
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 
 @dataclass(frozen=True)
@@ -130,9 +137,11 @@ class EpochOrder:
         widest = int(size.max(initial=0))
         place = np.arange(widest, dtype=np.int64)
         keys = hash64(streams.astype(np.int64) * (1 << 32) + window, self.window_key)[:, None]
-        draw = hash64(keys, place[None, :]) >> 1 & (1 << 62) - 1
-        draw[place[None, :] >= size[:, None]] = 1 << 62  # absent places sort last
-        shuffled = np.argsort(draw, axis=1, kind="stable")  # [S, widest]
+        low = (1 << widest.bit_length()) - 1  # a draw's low bits hold its place, so that sorting draws sorts places
+        draw = hash64(keys, place) & ~low | place
+        draw[place >= size[:, None]] = np.iinfo(np.int64).max  # absent places sort last
+        draw.sort(axis=1)
+        shuffled = draw & low  # [S, widest]
         skip = (first - window * self._window_steps) * self.per_stream
         stop = min((last - window * self._window_steps) * self.per_stream, widest)
         taken = np.arange(skip, stop)
@@ -157,7 +166,7 @@ def epoch_order(
     group_samples: np.ndarray, *, seed: int, epoch: int, streams: int, batch_size: int, window: int
 ) -> EpochOrder:
     """The order of an epoch over row groups that yield ``group_samples`` [G] samples each."""
-    shuffle = hash64(np.arange(len(group_samples), dtype=np.int64), key_of(seed, epoch, _GROUPS))
+    shuffle = hash64(np.arange(len(group_samples), dtype=np.int64), key_of(seed, _GROUPS, epoch))
     groups = np.argsort(shuffle, kind="stable")
     bounds = np.zeros(len(groups) + 1, dtype=np.int64)
     np.cumsum(group_samples[groups], out=bounds[1:])
@@ -167,6 +176,6 @@ def epoch_order(
         streams=streams,
         batch_size=batch_size,
         window=window,
-        window_key=key_of(seed, epoch, _WINDOW),
-        prefix_key=key_of(seed, epoch, _PREFIX),
+        window_key=key_of(seed, _WINDOW, epoch),
+        prefix_key=key_of(seed, _PREFIX, epoch),
     )
