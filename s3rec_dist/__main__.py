@@ -228,7 +228,7 @@ def _normalised(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str) -> int:
-    rank = f" (rank {os.environ['RANK']})" if int(os.environ.get("WORLD_SIZE") or 1) > 1 else ""
+    rank = f" (rank {os.environ.get('RANK', '?')})" if int(os.environ.get("WORLD_SIZE") or 1) > 1 else ""
     print(f"s3rec: error{rank}: {message}", file=sys.stderr)
     return 2
 

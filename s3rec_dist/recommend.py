@@ -200,9 +200,8 @@ def chosen(histories: Iterable[Histories], users: Iterable[str]) -> Iterator[His
         missing.difference_update(found.to_pylist())
         yield Histories(found, part.values, part.starts[kept], part.ends[kept])
     if missing:
-        raise RecommendError(
-            f"--users: no history of user {min(missing)!r} ({len(missing)} such users); leave them out"
-        )
+        count = len(missing)
+        raise RecommendError(f"--users: {count} without a history, among them {min(missing)!r}; leave them out")
 
 
 def recommend(
