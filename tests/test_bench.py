@@ -1,0 +1,57 @@
+"""``s3rec bench``: a table for people, then one JSON object; every benchmark runs on a small dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from s3rec_dist.__main__ import main
+
+FIGURES = {
+    "reconstruct": ["samples_per_s", "samples_per_s_streamed"],
+    "pretrain": ["samples_per_s", "items_per_s", "steps_per_s"],
+    "finetune": ["samples_per_s", "items_per_s", "steps_per_s"],
+    "evaluate": ["users_per_s"],
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(ml100k: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("bench") / "ml-100k")
+    assert main(["prepare", "--source", "recbole", "--input", str(ml100k), "--output", folder]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_a_benchmark_prints_a_table_and_then_one_json_object(
+    name: str, dataset: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["model.max_length=8", "pretrain.batch_size=64", "finetune.batch_size=64", "engine.threads=1"]
+    arguments = ["bench", name, "--dataset", dataset, "--steps", "2", "--repetitions", "2", *settings]
+    assert main(arguments) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    assert result["bench"] == name and result["dataset"] == "ml-100k" and result["memory_mb"] > 0
+    for figure in FIGURES[name]:
+        assert result[figure] > 0
+    assert any(line.split() == ["median", "slowest", "fastest"] for line in table)
+
+
+def test_the_profile_names_operations_and_their_shares(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["model.max_length=8", "pretrain.batch_size=64", "engine.threads=1"]
+    arguments = ["bench", "pretrain", "--dataset", dataset, "--steps", "1", "--repetitions", "1", "--profile"]
+    assert main([*arguments, *settings]) == 0
+    assert "aten::mm" in capsys.readouterr().out
+
+
+def test_a_batch_larger_than_an_epoch_is_refused(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "finetune", "--dataset", dataset, "finetune.batch_size=4096", "data.streams=1"]
+    assert main([*arguments, "pretrain.batch_size=4096", "engine.threads=1"]) == 2
+    assert "an epoch has 943 samples" in capsys.readouterr().err
+
+
+def test_repetitions_below_one_are_refused(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "reconstruct", "--dataset", dataset, "--repetitions", "0"]) == 2
+    assert "expected 1 or more" in capsys.readouterr().err
