@@ -13,14 +13,13 @@ item has no segment: its three segment sequences are the sample itself.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 
 from s3rec_dist.data.stream import PackedSequences
 from s3rec_dist.hashing import GOLDEN, hash64, mix, uniform_below
-
-_LOW_32 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class PretrainBatch:
     offsets: torch.Tensor
     """int32 [4B + 1], of ``items``."""
     max_length: int
-    """Longest sequence."""
+    """No sequence is longer."""
     original: torch.Tensor
     """int32 [T]: the items before masking."""
     masked: torch.Tensor
@@ -58,7 +57,7 @@ class FinetuneBatch:
     offsets: torch.Tensor
     """int32 [B + 1], of ``items``."""
     max_length: int
-    """Longest input."""
+    """No input is longer."""
     targets: torch.Tensor
     """int32 [T]: the item that follows each place."""
     negatives: torch.Tensor
@@ -75,8 +74,9 @@ def pretrain_batch(
 ) -> PretrainBatch:
     """Reconstructs the pretraining samples of ``packed``; see the module's docstring.
 
-    ``segment_pool`` is int32 [P] item ids on the device of ``packed``, at least half of ``max_length``
-    long; ``key`` comes from ``hashing.key_of(seed, epoch)``.
+    ``segment_pool`` is int32 [P] item ids on the device of ``packed``, at least half as long as any sample;
+    ``key`` comes from ``hashing.key_of(seed, epoch)``. Raises ValueError for a shorter pool, or where a sample
+    holds every item of the catalogue and so has no negative.
     """
     mask_id = n_items + 1
     items, offsets = packed.items, packed.offsets.long()
@@ -84,35 +84,37 @@ def pretrain_batch(
     keys = hash64(packed.sample_ids, key)
     token_bits, length_bits, start_bits, pool_bits = layout.draws(keys, 3)
 
-    is_masked = (token_bits & _LOW_32) < round(mask_ratio * 2**32)
+    # The word's size decides the mask and its remainder the negative: independent for any n_items.
+    is_masked = token_bits >> 1 < round(mask_ratio * 2**63) - 2**62
     is_masked.index_fill_(0, offsets[1:] - 1, True)
     masked = is_masked.nonzero().squeeze(1)
     unmasked = is_masked.logical_not().nonzero().squeeze(1)
     negatives = _negatives(token_bits.index_select(0, masked), masked, items, layout, n_items, packed.max_length)
 
     half = layout.lengths >> 1
+    if 2 * len(segment_pool) < packed.max_length and bool((half > len(segment_pool)).any()):
+        raise ValueError(f"segment_pool holds {len(segment_pool)} items; segments have up to {int(half.max())}")
     length = torch.minimum(uniform_below(length_bits, half.clamp(min=1)) + 1, half)  # 0 for a sample of one item
-    begin = offsets[:-1] + uniform_below(start_bits, layout.lengths - length + 1)
+    begin = layout.begins + uniform_below(start_bits, layout.lengths - length + 1)
     pool_begin = uniform_below(pool_bits, len(segment_pool) + 1 - length)
-    index, sequence = layout.index, layout.sequence
-    in_segment = (index >= begin.index_select(0, sequence)) & (index < (begin + length).index_select(0, sequence))
-    pool_index = index + (pool_begin - begin).index_select(0, sequence)
-    pool_index.clamp_(0, len(segment_pool) - 1)  # places outside their segment point anywhere
-    outside = items.index_select(0, offsets[:-1]).masked_fill_(half > 0, mask_id).index_select(0, sequence)
+    sample = torch.repeat_interleave(length)  # [S], of the S items that lie in segments
+    segment = (begin + length - length.cumsum(0)).index_select(0, sample)
+    segment += torch.arange(len(sample), device=items.device)  # [S], their places in 0..T-1
+    pool_index = segment + (pool_begin - begin).index_select(0, sample)
 
-    sequences = torch.cat(
-        (
-            items.masked_fill(is_masked, mask_id),
-            items.masked_fill(in_segment, mask_id),
-            torch.where(in_segment, items, outside),
-            torch.where(in_segment, segment_pool.index_select(0, pool_index), outside),
-        )
+    tokens = len(items)
+    outside = items.index_select(0, layout.begins).masked_fill_(half > 0, mask_id).index_select(0, layout.sequence)
+    sequences = torch.cat((items, items, outside, outside))
+    sequences.index_fill_(0, torch.cat((masked, segment + tokens)), mask_id)
+    sequences.index_copy_(
+        0,
+        torch.cat((segment + 2 * tokens, segment + 3 * tokens)),
+        torch.cat((items.index_select(0, segment), segment_pool.index_select(0, pool_index))),
     )
-    shifts = torch.arange(4, device=items.device)[:, None] * len(items)
-    ends = (offsets[1:] + shifts).flatten()
+    ends = packed.offsets[1:]
     return PretrainBatch(
         items=sequences,
-        offsets=torch.cat((offsets[:1], ends)).int(),
+        offsets=torch.cat((packed.offsets, ends + tokens, ends + 2 * tokens, ends + 3 * tokens)),
         max_length=packed.max_length,
         original=items,
         masked=masked,
@@ -145,16 +147,16 @@ class _Layout:
     """Where each of T packed items stands."""
 
     def __init__(self, offsets: torch.Tensor, total: int) -> None:
-        self.offsets = offsets
-        self.lengths = offsets.diff()  # [B]
+        self.begins = offsets[:-1]  # [B]
+        self.lengths = offsets[1:] - self.begins  # [B]
         self.sequence = torch.repeat_interleave(self.lengths, output_size=total)  # [T]
-        self.index = torch.arange(total, device=offsets.device)  # [T]
 
     def draws(self, keys: torch.Tensor, per_sample: int = 0) -> tuple[torch.Tensor, ...]:
         """Hashes of (a token's sample key, its place in the sample), int64 [T], and after them ``per_sample``
         further hashes of each sample key, int64 [B]."""
-        shifted = keys - self.offsets[:-1] * GOLDEN
-        tokens = shifted.index_select(0, self.sequence) + self.index * GOLDEN
+        shifted = keys.sub(self.begins, alpha=GOLDEN)
+        tokens = shifted.index_select(0, self.sequence)  # [T]
+        tokens.add_(torch.arange(len(tokens), device=tokens.device), alpha=GOLDEN)
         if not per_sample:
             return (mix(tokens),)
         further = [keys - (i + 1) * (GOLDEN >> 8) for i in range(per_sample)]
@@ -173,21 +175,31 @@ def _negatives(
     A draw that is in the sample is drawn again. Which samples have an item of the draw's residue is looked
     up in a table first, so that few draws are held against every item of their sample.
     """
+    if max_length >= n_items:
+        _check_catalogue(items, layout, n_items)
     drawn = uniform_below(bits, n_items).int() + 1
     if not len(items):
         return drawn
+    row = layout.sequence * _BUCKETS
     seen = torch.zeros(len(layout.lengths) * _BUCKETS, dtype=torch.bool, device=items.device)
-    seen.index_fill_(0, layout.sequence * _BUCKETS + (items & (_BUCKETS - 1)), True)
-    sequence = layout.sequence.index_select(0, places)
-    suspect = seen.index_select(0, sequence * _BUCKETS + (drawn & (_BUCKETS - 1))).nonzero().squeeze(1)
+    seen.index_fill_(0, row + (items & (_BUCKETS - 1)), True)
+    bucket = row.index_select(0, places) + (drawn & (_BUCKETS - 1))
+    suspect = seen.index_select(0, bucket).nonzero().squeeze(1)
     column = torch.arange(max_length, device=items.device)
-    attempt = 0
-    while len(suspect):
-        rows = sequence.index_select(0, suspect)
-        begins, lengths = layout.offsets.index_select(0, rows), layout.lengths.index_select(0, rows)
-        own = items[begins[:, None] + torch.minimum(column, lengths[:, None] - 1)]  # [M, max_length]
-        clash = (own == drawn.index_select(0, suspect)[:, None]).any(1)
-        suspect = suspect[clash]
-        attempt += 1
-        drawn[suspect] = uniform_below(hash64(bits.index_select(0, suspect), attempt), n_items).int() + 1
+    for attempt in itertools.count(1):
+        sequence = layout.sequence.index_select(0, places.index_select(0, suspect))
+        begins, last = layout.begins.index_select(0, sequence), layout.lengths.index_select(0, sequence) - 1
+        own = items.take(begins[:, None] + torch.minimum(column, last[:, None]))  # [M, max_length]
+        suspect = suspect.masked_select((own == drawn.index_select(0, suspect)[:, None]).any(1))
+        if not len(suspect):
+            break
+        again = uniform_below(hash64(bits.index_select(0, suspect), attempt), n_items).int() + 1
+        drawn.index_copy_(0, suspect, again)
     return drawn
+
+
+def _check_catalogue(items: torch.Tensor, layout: _Layout, n_items: int) -> None:
+    """Raises ValueError if a sample holds all of the catalogue's items."""
+    distinct = (layout.sequence * (n_items + 1) + items).unique() // (n_items + 1)
+    if bool((distinct.bincount(minlength=1) >= n_items).any()):
+        raise ValueError(f"a sample holds all {n_items} items, so it has no negative; use shorter sequences")

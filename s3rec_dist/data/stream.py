@@ -38,7 +38,7 @@ class PackedSequences:
     sample_ids: torch.Tensor
     """row << 24 | prefix end, int64 [B]: what a sample's random draws are hashed from."""
     max_length: int
-    """Longest sequence."""
+    """The longest sequence's length; the whole's for the pieces of :meth:`split`."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)
