@@ -112,8 +112,13 @@ COMMANDS = {
     ),
     "recommend": Command(
         summary="write each user's best items to Parquet",
-        description="Recommends items for many users at once: histories in, the best k items and their scores out.",
-        example="s3rec recommend models/beauty --dataset data/beauty --k 10 --output recommendations.parquet",
+        description="""
+            Recommends items for many users at once: histories in, the best k items and their scores out. Users and
+            their whole histories come from a dataset, or from a Parquet file with a row per user: user, and items, a
+            list of raw item ids, oldest first. The output has a row per recommendation: user, rank, item, score.""",
+        example="""
+            s3rec recommend models/beauty --dataset data/beauty --k 10 --output recommendations.parquet
+            s3rec recommend models/beauty --histories histories.parquet --output recommendations.parquet""",
         build=_defined_in("s3rec_dist.recommend"),
     ),
     "export": Command(

@@ -35,13 +35,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from s3rec_dist.config import EvaluationConfig
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.formats import DAMAGE, parquet_writer, sync_file
 from s3rec_dist.evaluation import Histories, add_device_argument, device_of, item_vectors, user_vectors
 from s3rec_dist.model.s3rec import S3Rec
 
 SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
+
+BATCH_USERS, ITEM_CHUNK = 256, 16384
+"""Users and items scored together by default; on a CPU 16384 items are 1.6 times as fast as 65536, on 500,000 items."""
 
 _ROWS_READ = 4096
 _ROWS_WRITTEN = 1 << 17
@@ -214,8 +216,8 @@ def recommend(
     k: int,
     device: torch.device | str = "cpu",
     include_seen: bool = False,
-    batch_users: int = 256,
-    item_chunk: int = 65536,
+    batch_users: int = BATCH_USERS,
+    item_chunk: int = ITEM_CHUNK,
 ) -> None:
     """Writes each user's ``k`` best items to the Parquet file ``output``, whole or not at all, and counts them.
 
@@ -301,7 +303,6 @@ def _whole_table(output: Path) -> Iterator[Callable[[pa.Table], None]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``s3rec recommend``."""
-    defaults = EvaluationConfig()
     parser.add_argument("model", metavar="MODEL", help="model folder, or with --dataset a run or checkpoint")
     parser.add_argument(
         "--dataset",
@@ -325,16 +326,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-users",
         type=_positive,
-        default=defaults.batch_users,
+        default=BATCH_USERS,
         metavar="N",
-        help=f"users scored together (default: {defaults.batch_users})",
+        help=f"users scored together (default: {BATCH_USERS})",
     )
     parser.add_argument(
         "--item-chunk",
         type=_positive,
-        default=defaults.item_chunk,
+        default=ITEM_CHUNK,
         metavar="N",
-        help=f"items scored together, which bounds memory (default: {defaults.item_chunk})",
+        help=f"items scored together, which bounds memory (default: {ITEM_CHUNK})",
     )
     add_device_argument(parser)
 
