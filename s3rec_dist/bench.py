@@ -68,14 +68,17 @@ def run(args: argparse.Namespace) -> None:
         "torch": torch.__version__,
     }
     memory = round(peak_memory_mb())
-    rows = [("", "median", "slowest", "fastest")]
-    rows += [(n, *(f"{f(v):,.0f}" for f in (statistics.median, min, max))) for n, v in rates.items()]
+    rows = [["", "median", "slowest", "fastest"]]
+    rows += [[name, *(f"{f(v):,.0f}" for f in (statistics.median, min, max))] for name, v in rates.items()]
     width = max(len(row[0]) for row in rows)
     print(f"{args.name} on {dataset.manifest.name}: {', '.join(f'{k} {v}' for k, v in machine.items())}")
     for name, *values in rows:
         print("  ".join([name.ljust(width), *(value.rjust(10) for value in values)]))
     print(f"peak memory of the process: {memory:,} MiB")
-    medians = {name.replace("/s", "_per_s").replace(" ", "_"): round(statistics.median(values), 1) for name, values in rates.items()}
+    medians = {
+        name.replace("/s", "_per_s").replace(" ", "_"): round(statistics.median(values), 1)
+        for name, values in rates.items()
+    }
     print(json.dumps({"bench": args.name, "dataset": dataset.manifest.name, **machine, **medians, "memory_mb": memory}))
 
 

@@ -31,7 +31,7 @@ def attribute_loss(
     """Multi-label binary cross-entropy of ``hidden`` [M, E] against every row of ``table`` [A, E], summed.
 
     Row ``rows[i]`` of hidden has the attribute ``attributes[i]`` (int64 [P] each, no pair twice). It is
-    ``sum softplus(x) - sum_{positives} x`` over logits x, in chunks: nothing of size [M, A] is kept.
+    ``sum softplus(x)`` over logits x, those of positives negated, in chunks: nothing of size [M, A] is kept.
     """
     loss: torch.Tensor = _AttributeLoss.apply(hidden, table, rows, attributes)
     return loss
@@ -58,10 +58,11 @@ class _AttributeLoss(torch.autograd.Function):
             logits = (part @ table.T).float()
             pairs = (rows[bounds[i] : bounds[i + 1]] - start) * size + attributes[bounds[i] : bounds[i + 1]]
             flat = logits.view(-1)
-            loss += F.softplus(logits).sum() - flat[pairs].sum()
+            flat[pairs] *= -1
+            loss += F.softplus(logits).sum()
             if grad_hidden is not None and grad_table is not None:
                 logits.sigmoid_()
-                flat[pairs] -= 1
+                flat[pairs] *= -1
                 grad = logits.to(hidden.dtype)
                 torch.mm(grad, table, out=grad_hidden[start : start + chunk])
                 grad_table += grad.T @ part
