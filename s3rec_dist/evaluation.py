@@ -10,8 +10,8 @@ The encoder sees the history's latest ``max_length`` items, but all of it counts
 - ``sampled`` ranks it against given negatives, or against a hashed draw of distinct items that the user
   never takes: a function of (seed, row), whatever the batches and ranks.
 
-A rank is the count of candidates scored strictly higher, so ties favour the held-out item. Over several
-processes each ranks its own part of the rows. Memory is bounded by ``batch_users`` x ``item_chunk`` scores:
+A rank is the count of candidates scored higher by more than rounding, so ties favour the held-out item. Over
+several processes each ranks its own part of the rows. Memory is bounded by ``batch_users`` x ``item_chunk`` scores:
 the full protocol needs no more than how many scores are higher, less those of seen items.
 """
 
@@ -48,6 +48,9 @@ _HELD_BACK = {"test": 1, "validation": 2}
 
 _DRAW_KEY = 0xE7A1
 _NEGATIVES_AT_ONCE = 1024
+
+_ROUNDING = 2.0**-20
+"""Of a score's terms in absolute value: products of other shapes add them in another order, and differ by less."""
 
 
 class EvaluationError(ValueError):
@@ -206,7 +209,7 @@ def full_ranks(
 
     The pairs must be distinct, and should hold each target itself, which then never outranks itself.
     """
-    scores = (users * items[targets - 1]).sum(1)
+    scores = _scores_to_beat(users, items[targets - 1])
     higher = torch.zeros_like(targets)
     rows, columns = excluded[0], excluded[1] - 1
     for begin in range(0, len(items), item_chunk):
@@ -222,12 +225,18 @@ def sampled_ranks(
     users: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor
 ) -> torch.Tensor:
     """Ranks [B] of ``targets`` [B] against ``negatives`` [B, n], item ids all."""
+    own = _scores_to_beat(users, items[targets - 1])[:, None]
+    higher = torch.zeros_like(targets)
+    for part in negatives.split(_NEGATIVES_AT_ONCE, 1):
+        scores = torch.bmm(items[part - 1], users[:, :, None]).squeeze(2)
+        higher += (scores > own).sum(1)
+    return higher
 
-    def scores(candidates: torch.Tensor) -> torch.Tensor:
-        return torch.bmm(items[candidates - 1], users[:, :, None]).squeeze(2)
 
-    own = scores(targets[:, None])
-    return torch.stack([(scores(part) > own).sum(1) for part in negatives.split(_NEGATIVES_AT_ONCE, 1)]).sum(0)
+def _scores_to_beat(users: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    """[B]: the scores of ``items`` [B, E], one for each user, and what rounding may add to an equal one."""
+    terms = users * items
+    return terms.sum(1) + _ROUNDING * terms.abs().sum(1)
 
 
 def _ranker(dataset: Dataset, config: EvaluationConfig, split: Split) -> tuple[Ranker, str]:
