@@ -147,7 +147,7 @@ class Stream:
         sorted_slots = slots[by_slot]
         starts = np.flatnonzero(np.diff(sorted_slots, prepend=-1))
         pieces, lengths, ids = [], [], []
-        for start, stop in zip(starts, [*starts[1:], len(by_slot)], strict=True):
+        for start, stop in itertools.pairwise([*starts, len(by_slot)]):
             slot = sorted_slots[start]
             group = self._groups.get(int(order.groups[slot]))
             offsets = positions[by_slot[start:stop]] - order.bounds[slot]
