@@ -58,7 +58,7 @@ def keep_mask(keys: torch.Tensor, features: int, site: int, p: float, dtype: tor
     """Dropout: [..., features], false (or 0) with probability ``p``, hashed from int64 ``keys`` [...].
 
     Lane j of a row is 16 bits of the row's word j // 4, so that one hash serves four features. ``site`` tells apart
-    the places that share keys.
+    the places that share keys. ``p`` is rounded to a multiple of 2^-16 and must stay below 1.
     """
     words = torch.arange(-(-features // 4), device=keys.device) + site * _SITE_STRIDE
     lanes = hash64(keys[..., None], words).view(torch.int16)[..., :features]

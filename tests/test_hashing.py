@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s3rec_dist.hashing import GOLDEN, hash64, key_of, mix, uniform_below
+from s3rec_dist.hashing import GOLDEN, hash64, keep_mask, keep_scale, key_of, mix, uniform_below
 
 SIGNED_64 = st.integers(-(2**63), 2**63 - 1)
 N = 1 << 18
@@ -146,10 +146,10 @@ def test_key_of_depends_on_every_part_and_on_their_order() -> None:
     assert all(-(2**63) <= key < 2**63 for key in keys)
 
 
-@given(bits=SIGNED_64, bound=st.integers(1, 2**31 - 1))
+@given(bits=SIGNED_64, bound=st.integers(1, 2**63 - 1))
 def test_uniform_below_stays_below_its_bound_in_numpy_and_torch_alike(bits: int, bound: int) -> None:
     by_numpy = int(uniform_below(np.array([bits]), bound)[0])
-    assert 0 <= by_numpy < bound
+    assert 0 <= by_numpy == bits % bound < bound
     assert by_numpy == int(uniform_below(torch.tensor([bits]), bound)[0])
     assert by_numpy == int(uniform_below(torch.tensor([bits]), torch.tensor([bound]))[0])
 
@@ -161,3 +161,100 @@ def test_uniform_below_is_uniform(bound: int) -> None:
     assert counts.size == bound
     if bound > 1:
         assert abs(z_of_chi_square(counts)) < 5
+
+
+@pytest.mark.parametrize("bound", [1 << 20, 3 << 30, 10**12 + 39, 1 << 52])
+def test_uniform_below_is_uniform_over_vast_ranges(bound: int) -> None:
+    """Both in coarse terms, which the word's high bits decide, and in fine ones."""
+    draws = uniform_below(bits_of(key_of(3, 2), counters()), bound)
+    assert abs(z_of_chi_square(np.bincount((draws / bound * 96).astype(np.int64), minlength=96))) < 5
+    assert abs(z_of_chi_square(np.bincount(draws % 64, minlength=64))) < 5
+
+
+# keep_mask: the dropout of every place in the model. Bounds are 5 standard deviations.
+
+KEYS = hash64(torch.arange(4000), 42)
+
+
+def python_keep(key: int, feature: int, site: int, p: float) -> bool:
+    """The definition in unbounded integers: 16 signed bits against a threshold."""
+    lane = python_hash64(key, feature // 4 + site * 2**20) >> 16 * (feature % 4) & 0xFFFF
+    return (lane - 2**16 if lane >> 15 else lane) >= round(p * 2**16) - 2**15
+
+
+@given(
+    keys=st.lists(SIGNED_64, min_size=1, max_size=4),
+    features=st.integers(1, 13),
+    site=st.integers(0, 1000),
+    p=st.floats(0, 0.99),
+)
+def test_keep_mask_equals_its_definition(keys: list[int], features: int, site: int, p: float) -> None:
+    mask = keep_mask(torch.tensor(keys), features, site, p)
+    assert mask.tolist() == [[python_keep(key, j, site, p) for j in range(features)] for key in keys]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.1, 0.2, 0.5, 0.9, 0.99])
+def test_values_are_kept_with_the_rate_in_every_lane_and_scaled_to_the_same_mean(p: float) -> None:
+    kept = keep_mask(KEYS, 64, 3, p).double()
+    deviation = (p * (1 - p)) ** 0.5
+    assert abs(kept.mean() - (1 - p)) <= 5 * deviation / kept.numel() ** 0.5 + 2**-17
+    assert (kept.mean(0) - (1 - p)).abs().max() <= 5 * deviation / len(KEYS) ** 0.5 + 2**-17
+    by_lane = kept.view(-1, 4).mean(0)
+    assert (by_lane - (1 - p)).abs().max() <= 5 * deviation / (kept.numel() / 4) ** 0.5 + 2**-17
+    assert keep_scale(p) * (1 - round(p * 2**16) / 2**16) == pytest.approx(1, rel=1e-12)
+    assert keep_scale(p) == pytest.approx(1 / (1 - p), rel=2e-3)
+
+
+def test_a_rate_of_zero_keeps_all_as_it_is() -> None:
+    assert keep_mask(KEYS, 64, 0, 0.0).all() and keep_scale(0.0) == 1.0
+
+
+def test_features_of_a_row_and_rows_of_a_feature_are_dropped_independently() -> None:
+    """Whole correlation matrices, so that no pair of lanes, words or neighbouring rows hides in an average."""
+    kept = keep_mask(KEYS, 64, 3, 0.5).double()
+    for table in (kept, keep_mask(torch.arange(64), 4000, 3, 0.5).double().T):
+        correlation = torch.corrcoef(table.T) - torch.eye(64)
+        assert correlation.abs().max() < 5 / len(table) ** 0.5
+    per_row = torch.bincount(keep_mask(KEYS, 8, 3, 0.5).sum(1), minlength=9).numpy()
+    binomial = np.array([1, 8, 28, 56, 70, 56, 28, 8, 1]) / 256 * len(KEYS)
+    chi = ((per_row - binomial) ** 2 / binomial).sum()
+    assert abs(chi - 8) < 5 * 16**0.5
+
+
+@pytest.mark.parametrize("sites", [(0, 1), (1, 2), (1, 4), (2, 3), (3, 6)])
+def test_sites_drop_independently(sites: tuple[int, int]) -> None:
+    one, two = (keep_mask(KEYS, 64, site, 0.5) for site in sites)
+    agreement = (one == two).double()
+    assert abs(agreement.mean() - 0.5) < 5 * 0.5 / agreement.numel() ** 0.5
+    assert (agreement.mean(0) - 0.5).abs().max() < 5 * 0.5 / len(KEYS) ** 0.5
+
+
+def test_a_row_gets_the_same_bits_whatever_the_shape_and_the_rest_of_the_batch() -> None:
+    keys = KEYS[:60]
+    flat = keep_mask(keys, 21, 5, 0.3)
+    assert torch.equal(keep_mask(keys.view(3, 4, 5), 21, 5, 0.3), flat.view(3, 4, 5, 21))
+    assert torch.equal(keep_mask(keys.view(3, 20).T, 21, 5, 0.3), flat.view(3, 20, 21).transpose(0, 1))
+    assert torch.equal(keep_mask(keys[7], 21, 5, 0.3), flat[7])
+    assert torch.equal(keep_mask(keys[[9, 2, 9]], 21, 5, 0.3), flat[[9, 2, 9]])
+    assert torch.equal(keep_mask(keys[:, None].expand(60, 2), 21, 5, 0.3), flat[:, None].expand(60, 2, 21))
+    assert keep_mask(keys[:0], 21, 5, 0.3).shape == (0, 21)
+
+
+def test_a_feature_gets_the_same_bits_however_many_there_are() -> None:
+    widest = keep_mask(KEYS[:50], 64, 2, 0.4)
+    for features in (1, 2, 3, 4, 5, 63):
+        assert torch.equal(keep_mask(KEYS[:50], features, 2, 0.4), widest[:, :features])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_mask_of_numbers_holds_the_ones_and_zeros_of_the_mask_of_truths(dtype: torch.dtype) -> None:
+    kept = keep_mask(KEYS[:50], 30, 2, 0.4)
+    numbers = keep_mask(KEYS[:50], 30, 2, 0.4, dtype)
+    assert kept.dtype == torch.bool and numbers.dtype == dtype
+    assert torch.equal(numbers, kept.to(dtype))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_keeps_the_same_values_as_the_cpu() -> None:
+    for dtype in (torch.bool, torch.bfloat16):
+        assert torch.equal(keep_mask(KEYS.cuda(), 30, 2, 0.4, dtype).cpu(), keep_mask(KEYS, 30, 2, 0.4, dtype))
