@@ -74,13 +74,17 @@ def unpack(batch: PretrainBatch) -> list[Reconstructed]:
     for b in range(count):
         begin, end = offsets[b], offsets[b + 1]
         own = [m for m, place in enumerate(masked) if begin <= place < end]
+        masked_items, context, positive, negative = (sequences[role * count + b] for role in range(4))
         samples.append(
             Reconstructed(
-                batch.original.tolist()[begin:end],
-                *(sequences[role * count + b] for role in range(4)),
-                [masked[m] - begin for m in own],
-                [negatives[m] for m in own],
-                int(batch.sample_keys[b]),
+                original=batch.original.tolist()[begin:end],
+                masked_items=masked_items,
+                masked_segment=context,
+                positive=positive,
+                negative=negative,
+                masked=[masked[m] - begin for m in own],
+                negatives=[negatives[m] for m in own],
+                key=int(batch.sample_keys[b]),
             )
         )
     return samples
