@@ -185,14 +185,15 @@ def _negatives(
     seen.index_fill_(0, row + (items & (_BUCKETS - 1)), True)
     bucket = row.index_select(0, places) + (drawn & (_BUCKETS - 1))
     suspect = seen.index_select(0, bucket).nonzero().squeeze(1)
+    sequence = layout.sequence.index_select(0, places.index_select(0, suspect))
+    begins, last = layout.begins.index_select(0, sequence), layout.lengths.index_select(0, sequence) - 1
     column = torch.arange(max_length, device=items.device)
+    own = items.take(begins[:, None] + torch.minimum(column, last[:, None]))  # [suspects, max_length]
     for attempt in itertools.count(1):
-        sequence = layout.sequence.index_select(0, places.index_select(0, suspect))
-        begins, last = layout.begins.index_select(0, sequence), layout.lengths.index_select(0, sequence) - 1
-        own = items.take(begins[:, None] + torch.minimum(column, last[:, None]))  # [M, max_length]
-        suspect = suspect.masked_select((own == drawn.index_select(0, suspect)[:, None]).any(1))
-        if not len(suspect):
+        clash = (own == drawn.index_select(0, suspect)[:, None]).any(1).nonzero().squeeze(1)
+        if not len(clash):
             break
+        suspect, own = suspect.index_select(0, clash), own.index_select(0, clash)
         again = uniform_below(hash64(bits.index_select(0, suspect), attempt), n_items).int() + 1
         drawn.index_copy_(0, suspect, again)
     return drawn
