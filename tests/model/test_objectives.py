@@ -178,6 +178,14 @@ def test_losses_are_the_same_where_one_side_or_none_learns(frozen: str) -> None:
             assert learns.grad is not None and torch.equal(learns.grad, expected)
 
 
+def test_a_confident_and_right_attribute_loss_keeps_its_digits() -> None:
+    """Each of 900 logits costs e^-18: positives must not be subtracted from a sum that they dominate."""
+    is_positive = torch.eye(3).repeat(100, 1)
+    hidden, table = 36 * is_positive - 18, torch.eye(3)
+    loss = attribute_loss(hidden, table, *is_positive.nonzero(as_tuple=True))
+    assert float(loss) == pytest.approx(900 * math.log1p(math.exp(-18)), rel=1e-5)
+
+
 def test_logits_far_from_zero_stay_finite() -> None:
     hidden, table = normal(5, 16, seed=1) * 1e3, normal(13, 16, seed=2)
     pairs, targets = pairs_of(5, 13), torch.arange(5)
