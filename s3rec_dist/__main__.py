@@ -78,7 +78,12 @@ COMMANDS = {
             Reads raw interactions, checks and filters them, numbers items and attributes, and writes the dataset
             that every other command reads: sequences in sharded Parquet, the item catalogue, and a manifest with
             counts and checksums. The folder appears only when it is whole.""",
-        example="s3rec prepare --source s3rec --input Beauty.txt --output data/beauty",
+        example="""
+            s3rec prepare --source s3rec --input Beauty.txt --output data/beauty
+            s3rec prepare --source recbole --input ml-100k --attribute-fields class --output data/ml-100k
+            s3rec prepare --source table --input 'events/*.parquet' --user-column uid --item-column sku \\
+                --time-column ts --attributes items.csv --attribute-fields brand category \\
+                --min-user-count 5 --min-item-count 5 --output data/shop""",
         build=_defined_in("s3rec_dist.data.prepare"),
     ),
     "pretrain": Command(
@@ -107,7 +112,11 @@ COMMANDS = {
         description="""
             Ranks each user's held-out item among sampled negatives or among all items not yet seen, and reports
             hit rate, NDCG and mean reciprocal rank.""",
-        example="s3rec evaluate runs/beauty/finetune --dataset data/beauty --split test",
+        example="""
+            s3rec evaluate --model runs/beauty/finetune --dataset data/beauty
+            s3rec evaluate --model S3-Rec=runs/beauty/finetune SASRec=runs/scratch/finetune \\
+                --dataset data/beauty --protocol sampled --cutoffs 5 10 --json metrics.json
+            deepspeed --num_gpus 8 --module s3rec_dist evaluate --model models/beauty --dataset data/beauty""",
         build=_defined_in("s3rec_dist.evaluation"),
     ),
     "recommend": Command(

@@ -400,19 +400,8 @@ def format_table(results: Mapping[str, EvaluationResult]) -> str:
     return "\n".join([*(line.rstrip() for line in lines), *notes])
 
 
-EPILOG = """\
-examples:
-  s3rec evaluate --model runs/beauty/finetune --dataset data/beauty
-  s3rec evaluate --model S3-Rec=runs/beauty/finetune SASRec=runs/scratch/finetune \\
-      --dataset data/beauty --protocol sampled --cutoffs 5 10 --json metrics.json
-  deepspeed --num_gpus 8 --module s3rec_dist evaluate --model models/beauty --dataset data/beauty
-"""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``s3rec evaluate``."""
-    parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     defaults = EvaluationConfig()
     parser.add_argument(
         "--model",

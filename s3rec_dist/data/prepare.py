@@ -705,21 +705,8 @@ def _explain(error: Exception, settings: PrepareSettings) -> PrepareError:
     return PrepareError(f"{settings.input}: DuckDB could not prepare it ({first_line})")
 
 
-EPILOG = """\
-examples:
-  s3rec prepare --source s3rec --input Beauty.txt --output data/beauty
-  s3rec prepare --source recbole --input ml-100k --attribute-fields class --output data/ml-100k
-  s3rec prepare --source table --input 'events/*.parquet' --user-column uid --item-column sku \\
-      --time-column ts --attributes items.csv --attribute-fields brand category \\
-      --min-user-count 5 --min-item-count 5 --output data/shop
-"""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``s3rec prepare``."""
-    parser.description = "Turns raw interactions into a dataset: checked, filtered, sorted, sharded, with a manifest."
-    parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     defaults = PrepareSettings(source="s3rec", input="-", output="-")
 
     def option(group: Any, name: str, help: str, **more: Any) -> None:

@@ -1,8 +1,9 @@
 """S3Rec: the model people use. Training runs on packed batches; RecBole's methods take padded ones.
 
-Both go through :meth:`S3Rec.encode`. In padded input ``[B, L]`` zeros are padding, on either side, and an
-item's position is its column, as in RecBole and in the reference implementation; hidden states at padding
-are zeros.
+Both go through :meth:`S3Rec.encode`. In padded input ``[B, L]`` of ``forward`` and ``pretrain`` zeros are padding, on
+either side, and an item's position is its column, as in RecBole and in the reference implementation; hidden states at
+padding are zeros. ``calculate_loss``, ``predict`` and ``full_sort_predict`` take right-padded histories, as RecBole
+gives them, and place their items as ``position_alignment`` says, so that they score as ``s3rec evaluate`` does.
 """
 
 from __future__ import annotations
@@ -211,11 +212,15 @@ class S3Rec(nn.Module):
         negative = (hidden * self.item_embedding(negatives)).sum(-1)
         return binary_loss(positive, negative) if kind == "bce" else pairwise_loss(positive, negative, "bpr")
 
-    def encode_last(self, items: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
+    def encode_last(
+        self, items: torch.Tensor, offsets: torch.Tensor, max_length: int, sample_keys: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The causal hidden state at the last item of each history, [B, E]; its product with an item's embedding
-        is that item's score. Histories hold 1 to ``config.max_length`` items."""
-        positions = position_ids(_sequence_of(offsets, len(items)), offsets, self.config)
-        return self.encode(items, positions, offsets, max_length, causal=True, queries=Queries.last(offsets))
+        is that item's score. Histories hold 1 to ``config.max_length`` items. ``sample_keys`` [B] turn dropout on."""
+        sequence = _sequence_of(offsets, len(items))
+        positions = position_ids(sequence, offsets, self.config)
+        keys = None if sample_keys is None else self._dropout_keys(sample_keys, sequence, positions, 0)
+        return self.encode(items, positions, offsets, max_length, causal=True, keys=keys, queries=Queries.last(offsets))
 
     def _dropout_keys(
         self, sample_keys: torch.Tensor, sequence: torch.Tensor, positions: torch.Tensor, seed: int | None
@@ -361,8 +366,10 @@ class S3Rec(nn.Module):
         return hidden @ self.item_embedding.weight[: self.mask_id].T
 
     def _last_hidden(self, item_seq: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        hidden = self.forward(item_seq, bidirectional=False)
-        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+        """:meth:`encode_last` of right-padded histories [B, L]. Dropout is on in training mode."""
+        inside = torch.arange(item_seq.shape[1], device=item_seq.device) < lengths[:, None]
+        keys = _random_keys(len(lengths), lengths.device) if self.training else None
+        return self.encode_last(item_seq[inside], _offsets_of(lengths), item_seq.shape[1], keys)
 
 
 def _sequence_of(offsets: torch.Tensor, total: int) -> torch.Tensor:
