@@ -20,6 +20,10 @@ from dataclasses import dataclass
 
 import s3rec_dist
 
+# Read when torch loads OpenMP. Threads that spin while they wait for each other make a step many times slower as soon
+# as another process wants a core; threads that sleep do not.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 Run = Callable[[argparse.Namespace], object]
 
 
