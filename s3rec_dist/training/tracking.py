@@ -18,11 +18,11 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -32,6 +32,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from s3rec_dist.config import Config, to_dict
 
@@ -118,75 +119,99 @@ def _drop_torn_line(path: Path) -> None:
 
 
 class TerminalTracker(Tracker):
-    """A live progress bar where the output is a terminal, else a line for each log."""
+    """A live progress bar with the newest numbers below it where the output is a terminal, else a line for each log."""
 
     def __init__(self, title: str, console: Console | None = None) -> None:
         self._title = title
         self._console = console or Console(stderr=True, highlight=False)
-        self._progress: Progress | None = None
+        self._bar: _Bar | None = None
         self._task = TaskID(0)
         self._started, self._first_step, self._total = time.monotonic(), 0, 0
 
     def begin(self, *, step: int, total_steps: int) -> None:
         self._started, self._first_step, self._total = time.monotonic(), step, total_steps
         if self._console.is_terminal:
-            self._progress = Progress(
+            self._bar = _Bar(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
                 console=self._console,
                 refresh_per_second=4,
-                transient=False,
             )
-            self._task = self._progress.add_task(self._title, total=total_steps, completed=step, numbers="")
-            self._progress.start()
+            self._task = self._bar.add_task(self._title, total=total_steps, completed=step)
+            self._bar.start()
 
     def progress(self, step: int) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         numbers = _in_words(metrics)
-        if self._progress is not None and "train/loss" in metrics:
-            self._progress.update(self._task, numbers=numbers)
+        is_training = "train/loss" in metrics
+        if self._bar is not None and is_training:
+            self._bar.numbers = numbers
         else:
-            what = f"{self._time_left(step)} left" if "train/loss" in metrics else next(iter(metrics), "").split("/")[0]
-            self._console.print(f"{self._title} {step}/{self._total}, {what}: {numbers}", soft_wrap=True, markup=False)
+            what = f"{self._time_left(step)} left" if is_training else next(iter(metrics), "").split("/")[0]
+            self._print(f"{self._title} {step}/{self._total}, {what}: {numbers}")
 
     def event(self, name: str, **facts: Any) -> None:
-        if name in ("checkpoint", "end"):
-            return
-        details = ", ".join(f"{key} {value}" for key, value in facts.items())
-        self._console.print(f"{self._title} {name.replace('_', ' ')}: {details}", soft_wrap=True, markup=False)
+        if name not in ("checkpoint", "end"):
+            details = ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in facts.items())
+            self._print(f"{self._title} {name.replace('_', ' ')}: {details}")
 
     def finish(self, status: str = "finished") -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, markup=False)
 
     def _time_left(self, step: int) -> str:
         done = step - self._first_step
-        seconds = (time.monotonic() - self._started) / max(done, 1) * max(self._total - step, 0)
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{seconds:02}"
+        return clock((time.monotonic() - self._started) / max(done, 1) * max(self._total - step, 0))
+
+
+class _Bar(Progress):
+    """With a line of numbers below."""
+
+    numbers = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.numbers:
+            yield Text(self.numbers)
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, as in 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+
+
+_HIDDEN = {f"train/{name}" for name in ("tokens_per_second", "data_wait", "memory_mb", "device_memory_mb")}
+_SHORT = {"learning_rate": "rate", "gradient_norm": "norm"}
 
 
 def _in_words(metrics: Mapping[str, float]) -> str:
     """The numbers worth a look while waiting, on one line."""
-    hidden = ("train/tokens_per_second", "train/data_wait", "train/memory_mb", "train/device_memory_mb")
     words = []
     for name, value in metrics.items():
-        short = name.partition("/")[2] or name
+        section, _, short = name.rpartition("/")
         if name == "train/samples_per_second":
             words.append(f"{value:,.0f} samples/s")
-        elif name not in hidden:
-            words.append(f"{short} {value:.4g}")
+        elif name not in _HIDDEN:
+            words.append(f"{_SHORT.get(short, short)} {_number(value) if section == 'train' else f'{value:.4f}'}")
     return "  ".join(words)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 class WandbTracker(Tracker):
@@ -254,6 +279,9 @@ def open_tracker(config: Config, stage: str, folder: Path, rank: int = 0) -> Tra
 
 def peak_memory_mb() -> float:
     """This process's largest resident memory so far, in MiB."""
+    with contextlib.suppress(OSError):  # Linux; what getrusage says there may be from before this program was executed
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) / 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-import struct
+import re
+import sys
 import warnings
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import start_process, wait_for
 from rich.console import Console
+from wandb_offline import read_offline_run
 
 from s3rec_dist.config import Config, TrackingConfig
 from s3rec_dist.training.tracking import (
@@ -21,58 +22,10 @@ from s3rec_dist.training.tracking import (
     Tracker,
     WandbTracker,
     open_tracker,
-    peak_memory_mb,
     read_metrics,
 )
 
 NUMBERS = {"train/loss": 2.5, "train/mip": 0.7, "train/samples_per_second": 1234.0, "train/data_wait": 0.01}
-
-
-def wandb_records(path: Path) -> Iterator[bytes]:
-    """The records of an offline run file: LevelDB's log framing, in blocks of 32 KiB."""
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    position, pieces = 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        checksum, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        if not (checksum or length or kind):
-            return
-        body = data[position + 7 : position + 7 + length]
-        position += 7 + length
-        assert zlib.crc32(bytes([kind]) + body) == checksum
-        pieces += body
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            yield pieces
-            pieces = b""
-
-
-def read_offline_run(folder: Path) -> dict[str, Any]:
-    """History rows, config, summary, project and name of the one offline run under ``folder``."""
-    from wandb.proto import wandb_internal_pb2
-
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    run: dict[str, Any] = {"history": [], "config": {}, "summary": {}}
-
-    def key(item: Any) -> str:
-        return item.key or "/".join(item.nested_key)
-
-    for data in wandb_records(path):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.HasField("history"):
-            run["history"].append({key(i): json.loads(i.value_json) for i in record.history.item})
-        if record.HasField("run"):
-            run |= {"project": record.run.project, "name": record.run.display_name, "group": record.run.run_group}
-            run["config"] |= {key(u): json.loads(u.value_json) for u in record.run.config.update}
-        if record.HasField("summary"):
-            run["summary"] |= {key(u): json.loads(u.value_json) for u in record.summary.update}
-        if record.HasField("exit"):
-            run["exit"] = record.exit.exit_code
-    return run
 
 
 def test_each_entry_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path) -> None:
@@ -106,9 +59,10 @@ def test_a_resumed_run_appends_and_its_later_numbers_count(tmp_path: Path) -> No
     assert any("validation/MRR" in e for e in read_metrics(path))
 
 
-def show(is_terminal: bool) -> str:
+def show(is_terminal: bool, width: int = 160) -> str:
     output = io.StringIO()
-    tracker = TerminalTracker("pretrain", Console(file=output, force_terminal=is_terminal, width=160, highlight=False))
+    console = Console(file=output, force_terminal=is_terminal, width=width, highlight=False)
+    tracker = TerminalTracker("pretrain", console)
     tracker.begin(step=100, total_steps=400)
     tracker.event("start", processes=2)
     for step in range(101, 201):
@@ -126,14 +80,21 @@ def test_without_a_terminal_each_log_is_one_plain_line() -> None:
     assert lines[1].startswith("pretrain 200/400, 0:00:0") and lines[1].endswith(
         " left: loss 2.5  mip 0.7  1,234 samples/s"
     )
-    assert lines[2] == "pretrain 200/400, validation: NDCG@10 0.125"
+    assert lines[2] == "pretrain 200/400, validation: NDCG@10 0.1250"
     assert len(lines) == 3 and "\x1b" not in show(False)
 
 
 def test_a_terminal_gets_a_bar_with_the_time_left() -> None:
     shown = show(True)
     assert "200/400" in shown and "left" in shown and "loss 2.5" in shown and "1,234 samples/s" in shown
-    assert "NDCG@10 0.125" in shown
+    assert "NDCG@10 0.1250" in shown
+
+
+def test_the_bar_and_all_numbers_fit_a_narrow_terminal() -> None:
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", show(True, width=60))
+    bar, *numbers = shown.rpartition("pretrain ")[2].splitlines()
+    assert bar.split()[0].strip("━╸╺") == "" and len(bar.split()[0]) > 20 and "200/400" in bar
+    assert " ".join(" ".join(numbers).split()) == "loss 2.5 mip 0.7 1,234 samples/s"
 
 
 def config(tmp_path: Path, **tracking: Any) -> Config:
@@ -211,5 +172,10 @@ def test_only_rank_zero_writes(tmp_path: Path) -> None:
     assert type(tracker) is Tracker and not list(tmp_path.iterdir())
 
 
-def test_peak_memory_is_in_mebibytes() -> None:
-    assert 10 < peak_memory_mb() < 100_000
+def test_peak_memory_is_this_program_s_own_in_mebibytes() -> None:
+    own = "import s3rec_dist.training.tracking as t; held = bytearray(200 << 20); del held; print(t.peak_memory_mb())"
+    started_by_a_large_one = (
+        f"import subprocess, sys; held = bytearray(1000 << 20); subprocess.run([sys.executable, '-c', {own!r}])"
+    )
+    (output,) = wait_for([start_process([sys.executable, "-c", started_by_a_large_one], {})], 60)
+    assert 200 < float(output) < 700
