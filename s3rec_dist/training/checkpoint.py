@@ -61,17 +61,19 @@ def save(engine: Engine, folder: Path, state: Mapping[str, Any], *, keep: int, b
     """Writes the tag of ``state["step"]`` into ``folder``, then removes all but the ``keep`` newest and ``best``.
 
     All ranks call it, with the same arguments. Raises :class:`CheckpointError` on every rank where a write
-    fails on one; earlier checkpoints and ``latest`` are untouched then.
+    fails on one, or a weight is not a finite number; earlier checkpoints and ``latest`` are untouched then.
     """
     tag = tag_of(state["step"])
     draft = folder / f"{_WRITING}{tag}"
+    weights = engine.fp32_weights()
+    with together():
+        _check_finite(weights, tag)
     try:
         on_rank_zero(lambda: _make_room(folder, draft))
         hashes: dict[str, dict[str, Any]] = {}
         with together():
             for path in engine.save_shards(draft / SHARDS):
                 hashes[str(path.relative_to(draft))] = describe(path)
-        weights = engine.fp32_weights()
         with together():
             if engine.world.rank == 0:
                 save_file(weights, draft / WEIGHTS, metadata={"format": "pt"})
@@ -88,6 +90,16 @@ def save(engine: Engine, folder: Path, state: Mapping[str, Any], *, keep: int, b
             "make room or repair the disk, and run the command again to go on from the newest"
         ) from error
     return folder / tag
+
+
+def _check_finite(weights: Mapping[str, torch.Tensor], tag: str) -> None:
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{tag} is not written: {name} holds values that are not finite numbers, so training has diverged; "
+                "lower the learning rate, set gradient_clipping, or use engine.precision=fp32, and start over with "
+                "--no_resume. Earlier checkpoints are whole"
+            )
 
 
 def _make_room(folder: Path, draft: Path) -> None:

@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,9 @@ def start(config: EngineConfig) -> World:
         raise ConfigError("engine.device=cuda, but torch finds no GPU here; use engine.device=auto or cpu")
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+        # oneDNN keeps a kernel for each of the last 1,024 shapes, and no two batches have the same: it never finds one
+        # again, and what it keeps holds the freed tensors around it in the heap, hundreds of MB of them.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
     launched = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     if not launched and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise EngineError(
@@ -153,6 +157,17 @@ def on_rank_zero(function: Callable[[], T]) -> T:
         if not dist.is_initialized() or dist.get_rank() == 0:
             results.append(function())
     return gather(results)[0][0]
+
+
+@contextlib.contextmanager
+def heeding_peers() -> Iterator[None]:
+    """A block in which another process's end is told in one line; the reason stands in that one's own output."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("(closed|reset) by peer|remote worker", str(error)):
+            raise
+        raise EngineError("another process has stopped; what it printed says why") from error
 
 
 def _portable(error: Exception | None) -> Exception | None:

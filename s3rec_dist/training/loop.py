@@ -29,8 +29,17 @@ from s3rec_dist.hashing import key_of
 from s3rec_dist.model.s3rec import Losses, S3Rec
 from s3rec_dist.training import checkpoint
 from s3rec_dist.training.checkpoint import Checkpoint, CheckpointError
-from s3rec_dist.training.engine import Engine, LossSums, World, learning_rate, on_rank_zero, start, together
-from s3rec_dist.training.tracking import Tracker, open_tracker, peak_memory_mb
+from s3rec_dist.training.engine import (
+    Engine,
+    LossSums,
+    World,
+    heeding_peers,
+    learning_rate,
+    on_rank_zero,
+    start,
+    together,
+)
+from s3rec_dist.training.tracking import Tracker, clock, open_tracker, peak_memory_mb
 
 StageName = Literal["pretrain", "finetune"]
 
@@ -46,12 +55,14 @@ class TrainingError(ValueError):
 
 def run_pretrain(config: Config, *, resume: bool = True) -> Path:
     """Pretrains and returns the run's folder, ``<output>/pretrain``."""
-    return _run(config, "pretrain", resume)
+    with heeding_peers():
+        return _run(config, "pretrain", resume)
 
 
 def run_finetune(config: Config, *, resume: bool = True) -> Path:
     """Fine-tunes and returns the run's folder, ``<output>/finetune``."""
-    return _run(config, "finetune", resume)
+    with heeding_peers():
+        return _run(config, "finetune", resume)
 
 
 class Task:
@@ -126,6 +137,8 @@ class Task:
 
 
 def _run(config: Config, name: StageName, resume: bool) -> Path:
+    if not config.data.path:
+        raise ConfigError("data.path is empty; name the dataset to train on, a folder that 's3rec prepare' wrote")
     world = start(config.engine)
     folder = Path(config.output) / name
     with together():
@@ -135,17 +148,18 @@ def _run(config: Config, name: StageName, resume: bool) -> Path:
     with together():
         task = Task(config, name, dataset, world.device)
         model = task.model()
-    if not resume:
-        on_rank_zero(lambda: _move_aside(folder))
-    found = checkpoint.newest(folder / checkpoint.FOLDER)
+    found = checkpoint.newest(folder / checkpoint.FOLDER) if resume else None
     with together():
         if found is not None:
             _check_same_run(config, name, dataset, found)
         elif name == "finetune":
             pretrained = _load_pretrained(config, model, dataset)
+    if not resume:
+        on_rank_zero(lambda: _move_aside(folder))
     on_rank_zero(lambda: _write_config(folder, config))
 
-    tracker = open_tracker(config, name, folder, world.rank)
+    with together():
+        tracker = open_tracker(config, name, folder, world.rank)
     status = "failed"
     try:
         training = _Training(task, model, world, folder, tracker)
@@ -210,6 +224,7 @@ class _Training:
             zero_stage=self.engine.zero_stage,
             parameters=self.parameters,
         )
+        began = time.monotonic()
         self.tracker.begin(step=self.step, total_steps=self.total_steps)
         while self.step < self.total_steps and not self.has_converged():
             self.train_epoch(self.step // self.steps_per_epoch)
@@ -217,6 +232,8 @@ class _Training:
             self.save()
         if self.best is not None:
             self.tracker.event("best", **{k: self.best[k] for k in ("metric", "value", "epoch")})
+        epochs = round(self.step / self.steps_per_epoch, 2)
+        self.tracker.event("done", epochs=epochs, time=clock(time.monotonic() - began), folder=str(self.folder))
 
     def train_epoch(self, epoch: int) -> None:
         """The rest of an epoch, with what follows it: validation and checkpoint."""
@@ -265,7 +282,9 @@ class _Training:
             done % self.config.finetune.validate_every_epochs == 0 or is_last
         ):
             improved = self.validate(done)
-        if improved or is_last or self.has_converged() or done % self.stage.checkpoint_every_epochs == 0:
+        every = self.stage.checkpoint_every_steps
+        is_due = done % self.stage.checkpoint_every_epochs == 0 or (every > 0 and self.step % every == 0)
+        if improved or is_last or self.has_converged() or is_due:
             self.save()
         if self.has_converged() and not is_last:
             self.tracker.event("early_stop", epoch=done, patience=self.config.finetune.patience)
@@ -426,7 +445,8 @@ class _Meter:
     def _fail(self, step: int) -> None:
         raise TrainingError(
             f"the training loss is not a finite number any more by step {step}; lower the learning rate, set "
-            "gradient_clipping, or use engine.precision=fp32, and run again to go on from the newest checkpoint"
+            "gradient_clipping, or use engine.precision=fp32, and start over with --no_resume. Checkpoints are as they "
+            "were, from before"
         )
 
 
