@@ -312,10 +312,11 @@ def fit_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], sou
     for name in own:
         if name not in weights:
             raise CheckpointError(f"{source}: has no tensor {name}, which this model needs; is model.layers the same?")
-    for name, tensor in weights.items():
+    for name in weights:
         if name not in own:
             raise CheckpointError(f"{source}: has a tensor {name}, unknown to this model; is model.layers the same?")
-        expected, found = tuple(own[name].shape), tuple(tensor.shape)
+    for name, tensor in own.items():
+        expected, found = tuple(tensor.shape), tuple(weights[name].shape)
         if expected != found:
             hints = _SHAPE_HINTS.get(name, ("model.hidden_size or model.inner_size",) * 2)
             axis = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), 0)
