@@ -158,6 +158,8 @@ class TerminalTracker(Tracker):
             self._print(f"{self._title} {step}/{self._total}, {what}: {numbers}")
 
     def event(self, name: str, **facts: Any) -> None:
+        if name in ("best", "done"):
+            self.finish()
         if name not in ("checkpoint", "end"):
             details = ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in facts.items())
             self._print(f"{self._title} {name.replace('_', ' ')}: {details}")

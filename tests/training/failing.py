@@ -1,0 +1,64 @@
+"""Pretraining in which one rank fails: python failing.py RANK HOW key=value ..."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+from unittest import mock
+
+from s3rec_dist.__main__ import main
+from s3rec_dist.data.dataset import Dataset, DatasetError
+from s3rec_dist.training import checkpoint, loop
+from s3rec_dist.training.tracking import JsonlTracker
+
+
+def fail(how: str) -> None:
+    """Prepares the failure, at about the sixth step."""
+    if how == "read":
+        read = Dataset.read_row_group
+
+        def damaged(self: Dataset, index: int) -> Any:
+            if index == 7:
+                raise DatasetError("shard 7: damaged")
+            return read(self, index)
+
+        pool = Dataset.segment_pool
+
+        def whole_pool(self: Dataset, *arguments: Any) -> Any:
+            with mock.patch.object(Dataset, "read_row_group", read):
+                return pool(self, *arguments)
+
+        mock.patch.object(Dataset, "segment_pool", whole_pool).start()
+        mock.patch.object(Dataset, "read_row_group", damaged).start()
+    elif how == "log":
+        write = JsonlTracker._write
+
+        def full(self: JsonlTracker, entry: dict[str, Any]) -> None:
+            if entry.get("step") == 6:
+                raise OSError(28, "No space left on device")
+            write(self, entry)
+
+        mock.patch.object(JsonlTracker, "_write", full).start()
+    elif how == "save":
+
+        def no_room(*arguments: Any, **options: Any) -> None:
+            raise OSError(28, "no room left")
+
+        mock.patch.object(checkpoint, "save_file", no_room).start()
+    elif how == "killed":
+        rate = loop.learning_rate
+
+        def killed(stage: Any, step: int, total: int) -> float:
+            if step == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rate(stage, step, total)
+
+        mock.patch.object(loop, "learning_rate", killed).start()
+
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == sys.argv[1]:
+        fail(sys.argv[2])
+    sys.exit(main(["pretrain", *sys.argv[3:]]))
