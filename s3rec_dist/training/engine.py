@@ -20,6 +20,7 @@ import math
 import os
 import pickle
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -119,7 +120,12 @@ def _import_deepspeed() -> Any:
 
 def _leave() -> None:
     if dist.is_initialized():
+        uses_threads = dist.get_backend() == "gloo" and dist.get_world_size() > 1
         dist.destroy_process_group()
+        if uses_threads:
+            # Gloo's threads may still hold the last collective's tensors. They need the interpreter to let go of them,
+            # and if it has begun to end by then, they abort the process: one in fifty, with everything done.
+            time.sleep(0.2)
 
 
 def gather(value: T) -> list[T]:
