@@ -146,6 +146,14 @@ def test_key_of_depends_on_every_part_and_on_their_order() -> None:
     assert all(-(2**63) <= key < 2**63 for key in keys)
 
 
+@given(st.lists(st.one_of(SIGNED_64, st.integers(0, 9)), max_size=4))
+def test_key_of_is_hash64_part_by_part(parts: list[int]) -> None:
+    key = np.zeros(1, dtype=np.int64)
+    for part in parts:
+        key = hash64(key, part + 1)
+    assert key_of(*parts) == int(key[0])
+
+
 @given(bits=SIGNED_64, bound=st.integers(1, 2**63 - 1))
 def test_uniform_below_stays_below_its_bound_in_numpy_and_torch_alike(bits: int, bound: int) -> None:
     by_numpy = int(uniform_below(np.array([bits]), bound)[0])
