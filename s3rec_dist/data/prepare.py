@@ -633,7 +633,10 @@ def _limit(settings: PrepareSettings) -> int:
 
 
 def _default_name(settings: PrepareSettings) -> str:
-    return os.path.splitext(os.path.basename(os.path.abspath(settings.input)))[0]
+    """The file's or folder's name; of a pattern, that of the folder it looks in."""
+    parts = os.path.abspath(settings.input).split(os.sep)
+    plain = [part for part in parts if not glob.has_magic(part)]
+    return os.path.splitext(plain[-1])[0] or "dataset"
 
 
 def _shaping_settings(settings: PrepareSettings) -> dict[str, Any]:

@@ -327,6 +327,26 @@ def test_every_kind_of_table_gives_the_same_sequences(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "name"), [("shop/may.csv", "may"), ("shop", "shop"), ("shop/*.csv", "shop"), ("shop/m?y/*.csv", "shop")]
+)
+def test_a_dataset_is_named_after_its_input_file_or_folder(tmp_path: Path, given: str, name: str) -> None:
+    (tmp_path / "shop/may").mkdir(parents=True)
+    for file in ("shop/may.csv", "shop/may/may.csv"):
+        (tmp_path / file).write_text("u,i\na,1\na,2\na,3\n")
+    manifest = prepare(
+        PrepareSettings(
+            source="table",
+            input=str(tmp_path / given),
+            output=str(tmp_path / "out"),
+            user_column="u",
+            item_column="i",
+            time_column="",
+        )
+    )
+    assert manifest.name == name
+
+
+@pytest.mark.parametrize(
     ("times", "order"),
     [
         (["10", "9", "8"], [3, 2, 1]),  # as text, 10 comes first
