@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 import s3rec_dist
 from s3rec_dist.config import Config, ModelConfig, from_dict, to_dict
 from s3rec_dist.data.dataset import Dataset, Manifest
-from s3rec_dist.data.formats import sync_file
+from s3rec_dist.data.formats import put_in_place, sync_file
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.training.checkpoint import (
     WEIGHTS,
@@ -225,19 +225,11 @@ def _whole_folder(output: Path, overwrite: bool) -> Iterator[Path]:
             raise ExportError(f"{output}: not a model folder, so --overwrite leaves it alone; choose another output")
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    whole, replaced = draft / "model", draft / "replaced"
+    whole = draft / "model"
     try:
         whole.mkdir()
         yield whole
-        if output.exists():
-            output.rename(replaced)
-        try:
-            whole.rename(output)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(output)
-            raise
-        sync_file(str(output.parent))
+        put_in_place(str(whole), str(output), str(draft / "replaced"))
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

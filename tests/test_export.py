@@ -275,7 +275,7 @@ def test_overwrite_replaces_model_folders_only(run: Path, dataset: Dataset, tmp_
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-@pytest.mark.parametrize("step", ["save_file", "describe", "_copy", "model_card", "sync_file", "Path.rename"])
+@pytest.mark.parametrize("step", ["save_file", "describe", "_copy", "model_card", "sync_file", "rename"])
 def test_a_write_that_fails_anywhere_changes_nothing(
     run: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, earlier: bool
 ) -> None:
@@ -289,9 +289,9 @@ def test_a_write_that_fails_anywhere_changes_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        if step == "Path.rename":
-            rename = Path.rename
-            patch.setattr(Path, "rename", lambda a, b: full() if a.name == "model" else rename(a, b))
+        if step == "rename":
+            rename = os.rename
+            patch.setattr(os, "rename", lambda a, b: full() if Path(a).name == "model" else rename(a, b))
         else:
             patch.setattr(module, step, full)
         with pytest.raises(ExportError, match=r"m: the model could not be written .*No space left.*Nothing has been"):

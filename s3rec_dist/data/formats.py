@@ -178,6 +178,20 @@ def sync_file(path: str) -> None:
         os.close(descriptor)
 
 
+def put_in_place(folder: str, output: str, replaced: str) -> None:
+    """Renames ``folder`` to ``output``, all three on one disk. What was there before goes to ``replaced``, and comes
+    back where the rename fails."""
+    if os.path.lexists(output):
+        os.rename(output, replaced)
+    try:
+        os.rename(folder, output)
+    except OSError:
+        if os.path.lexists(replaced):
+            os.rename(replaced, output)
+        raise
+    sync_file(os.path.dirname(output))
+
+
 def _close_quietly(writer: pq.ParquetWriter) -> None:
     with contextlib.suppress(OSError, pa.ArrowException):  # the error that brought us here is the one to report
         writer.close()

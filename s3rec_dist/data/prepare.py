@@ -44,7 +44,7 @@ from s3rec_dist.data.dataset import (
     RowGroup,
     Shard,
 )
-from s3rec_dist.data.formats import SHARD_SCHEMA, sync_file, write_parquet_shards, write_parquet_table
+from s3rec_dist.data.formats import SHARD_SCHEMA, put_in_place, sync_file, write_parquet_shards, write_parquet_table
 from s3rec_dist.data.sources import LINE_BITS, Columns, RecBole, S3RecPair, Source, SourceError, Table
 
 FETCH_ROWS = 1 << 17
@@ -669,16 +669,7 @@ def _output_folder(output: str, overwrite: bool, progress: Progress) -> Iterator
         os.mkdir(folder)
         os.mkdir(work)
         yield folder, work
-        replaced = os.path.join(partial, "replaced")
-        if os.path.lexists(output):
-            os.rename(output, replaced)
-        try:
-            os.rename(folder, output)
-        except OSError:
-            if os.path.lexists(replaced):
-                os.rename(replaced, output)
-            raise
-        sync_file(parent)
+        put_in_place(folder, output, os.path.join(partial, "replaced"))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

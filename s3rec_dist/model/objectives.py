@@ -72,8 +72,7 @@ class _AttributeLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        grad_hidden, grad_table = ctx.saved_tensors
-        return (grad_hidden * grads[0]).to(grad_hidden.dtype), (grad_table * grads[0]).to(grad_table.dtype), None, None
+        return *_kept_gradients(ctx, grads[0]), None, None
 
 
 def softmax_loss(hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -110,5 +109,10 @@ class _SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        grad_hidden, grad_table = ctx.saved_tensors
-        return (grad_hidden * grads[0]).to(grad_hidden.dtype), (grad_table * grads[0]).to(grad_table.dtype), None
+        return *_kept_gradients(ctx, grads[0]), None
+
+
+def _kept_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the forward pass saved, times the loss's own gradient."""
+    grad_hidden, grad_table = ctx.saved_tensors
+    return (grad_hidden * grad).to(grad_hidden.dtype), (grad_table * grad).to(grad_table.dtype)
