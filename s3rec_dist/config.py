@@ -50,6 +50,35 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StorageConfig:
+    """How datasets, runs and exports are reached, on local disks and any other fsspec storage.
+
+    Credentials and endpoints are no settings: they come from the environment or from the storage's own
+    configuration files (AWS_*, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, FSSPEC_*, ...).
+    """
+
+    protocols: tuple[str, ...] = ("file", "s3", "gs", "hf", "hdfs", "memory")
+    """Protocols of URLs that may be opened; any other one is refused."""
+    chained_urls: bool = False
+    """Allow fsspec's chained URLs, as in ``simplecache::s3://bucket/file``."""
+    retries: int = 8
+    """Times a failed request is tried again, after waits that double from 0.1 s to 10 s, with jitter."""
+    timeout_s: float = 60.0
+    """Seconds after which a request counts as failed."""
+    cache_dir: str = ""
+    """Local folder that keeps what was read from remote datasets; processes of a host may share it. Empty: none."""
+    cache_mb: int = 10240
+    """Size limit of ``cache_dir``, in MiB; what was used least recently goes first."""
+
+    def __post_init__(self) -> None:
+        _at_least("storage.retries", self.retries, 0)
+        _at_least("storage.timeout_s", self.timeout_s, 1)
+        _at_least("storage.cache_mb", self.cache_mb, 1)
+        if "://" in self.cache_dir or "::" in self.cache_dir:
+            raise ConfigError(f"storage.cache_dir={self.cache_dir!r}: expected a local folder")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The encoder. Defaults are the S3-Rec paper's."""
 
@@ -289,6 +318,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     def __post_init__(self) -> None:
         for stage in (self.pretrain, self.finetune):

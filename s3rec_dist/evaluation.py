@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -119,6 +120,7 @@ def evaluate(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     cutoffs = tuple(dict.fromkeys(config.cutoffs))
     sums = torch.zeros(2 * len(cutoffs) + 1, dtype=torch.float64, device=device)
+    ranked = 0
     with together(), torch.no_grad():
         items = item_vectors(model, dataset.n_items, dataset.path)
         rank_of, protocol = _ranker(dataset, config, split)
@@ -126,9 +128,12 @@ def evaluate(
             users = user_vectors(model, batch.histories, device)
             targets = torch.from_numpy(batch.targets).to(device)
             sums += metric_sums(rank_of(batch, users, items, targets), cutoffs)
+            ranked += len(targets)
+    sums = torch.cat((sums, sums.new_tensor([ranked])))
     if world_size > 1:
         dist.all_reduce(sums)
-    return EvaluationResult(_metrics(sums, cutoffs, dataset.n_rows), dataset.n_rows, protocol)
+    ranked = int(sums[-1].item())  # all users but those of damaged shards that were left out
+    return EvaluationResult(_metrics(sums[:-1], cutoffs, ranked), ranked, protocol)
 
 
 def metric_sums(ranks: torch.Tensor, cutoffs: Sequence[int]) -> torch.Tensor:
@@ -150,16 +155,19 @@ def held_out(dataset: Dataset, split: Split, batch_users: int, rank: int = 0, wo
         raise EvaluationError(f"{dataset.path}: has no users to evaluate on")
     low, high = (dataset.n_rows * r // world_size for r in (rank, rank + 1))
     back = _HELD_BACK[split]
-    for index, (_, _, first, group) in enumerate(dataset.row_groups):
-        begin, end = max(low - first, 0), min(high - first, group.rows)
+    for index, (first, last) in enumerate(itertools.pairwise(dataset.index.first_row.tolist())):
+        begin, end = max(low, first) - first, min(high, last) - first
         if begin >= end:
             continue
-        if group.length_counts[0][0] <= back:
+        shortest = dataset.index.length_counts(index)[0][0]
+        if shortest <= back:
             raise EvaluationError(
-                f"{dataset.path}: has sequences of {group.length_counts[0][0]} items; the {split} item and a history "
-                f"need {back + 1}: prepare the dataset again, which keeps shorter ones out"
+                f"{dataset.path}: has sequences of {shortest} items; the {split} item and a history need {back + 1}: "
+                "prepare the dataset again, which keeps shorter ones out"
             )
         sequences = dataset.read_row_group(index)
+        if not len(sequences.users):  # a damaged shard that may be left out
+            continue
         for at in range(begin, end, batch_users):
             rows = slice(at, min(at + batch_users, end))
             users = sequences.users[rows]
@@ -325,7 +333,7 @@ class GivenNegatives:
     @classmethod
     def read(cls, path: str, dataset: Dataset) -> GivenNegatives:
         """Raises :class:`EvaluationError` naming file and line, or a user of the dataset that has none."""
-        known = {user for i in range(len(dataset.row_groups)) for user in dataset.read_row_group(i).users.to_pylist()}
+        known = {user for i in range(len(dataset.index)) for user in dataset.read_row_group(i).users.to_pylist()}
         ids = dataset.item_ids()
         place: dict[str, int] = {}
         rows: list[np.ndarray] = []

@@ -28,7 +28,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -104,10 +103,14 @@ def open_catalogue(folder: str, metadata: Mapping[str, Any] | None = None) -> Da
         return None
     manifest = Manifest(
         name=metadata["dataset"]["name"],
+        format="parquet",
         users=0,
         items=metadata["n_items"],
         attributes=metadata["n_attributes"],
         interactions=0,
+        content="",
+        rows_content=(0, 0),
+        catalogue=metadata["catalogue"],
         shards=(),
         files={name: metadata["files"][name]["sha256"] for name in CATALOGUE},
         preparation={},
@@ -203,9 +206,8 @@ def write_model(
 
 def _copy(dataset: Dataset, name: str, folder: Path) -> dict[str, Any]:
     """Copies a file of the catalogue and compares it with the dataset's manifest."""
-    source = f"{dataset.path}/{name}"
-    with fsspec.open(source, "rb") as read, open(folder / name, "wb") as write:
-        shutil.copyfileobj(read, write)
+    source = dataset.file(name)
+    dataset.storage.download(source, str(folder / name))
     described = describe(folder / name)
     if described["sha256"] != dataset.manifest.files[name]:
         raise ExportError(

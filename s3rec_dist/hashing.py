@@ -8,12 +8,14 @@ generator state to save, to split over ranks or to restore.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 
-IntArray = TypeVar("IntArray", np.ndarray, torch.Tensor)
+if TYPE_CHECKING:  # preparing and inspecting datasets do without torch, which takes a second to load
+    import torch
+
+IntArray = TypeVar("IntArray", np.ndarray, "torch.Tensor")
 
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 """2^64 / phi as a signed 64-bit integer: the stride between counters, so that near ones land far apart."""
@@ -60,17 +62,19 @@ def uniform_below(bits: IntArray, bound: IntArray | int) -> IntArray:
     return bits % bound
 
 
-def keep_mask(keys: torch.Tensor, features: int, site: int, p: float, dtype: torch.dtype = torch.bool) -> torch.Tensor:
-    """Dropout: [..., features], false (or 0) with probability ``p``, hashed from int64 ``keys`` [...].
+def keep_mask(keys: torch.Tensor, features: int, site: int, p: float, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Dropout: [..., features] of ``dtype`` (default bool), 0 with probability ``p``, hashed from int64 ``keys`` [...].
 
     Lane j of a row is 16 bits of the row's word j // 4, so that one hash serves four features. ``site`` tells apart
     the places that share keys. ``p`` is rounded to a multiple of 2^-16 and must stay below 1.
     """
+    import torch
+
     words = torch.arange(-(-features // 4), device=keys.device) + site * _SITE_STRIDE
     lanes = hash64(keys[..., None], words).view(torch.int16)[..., :features]
     threshold = round(p * _LANE_VALUES) - _LANE_VALUES // 2
     # Zeros and ones of the values' own type multiply several times faster than bool selects.
-    return torch.ge(lanes, threshold, out=torch.empty(lanes.shape, dtype=dtype, device=lanes.device))
+    return torch.ge(lanes, threshold, out=torch.empty(lanes.shape, dtype=dtype or torch.bool, device=lanes.device))
 
 
 def keep_scale(p: float) -> float:

@@ -121,7 +121,7 @@ def _decode(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dataset_histories(dataset: Dataset) -> Iterator[Histories]:
     """Every user's whole history, a row group at a time."""
-    for index in range(len(dataset.row_groups)):
+    for index in range(len(dataset.index)):
         sequences = dataset.read_row_group(index)
         yield Histories(sequences.users, sequences.values, sequences.offsets[:-1], sequences.offsets[1:])
 

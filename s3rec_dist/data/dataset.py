@@ -1,9 +1,10 @@
 """The dataset on disk: what ``s3rec prepare`` writes and everything else reads.
 
-    DIR/manifest.json        versions, counts, shards with their row groups, SHA-256 of every file
+    DIR/manifest.json        counts, shards, SHA-256 of every file; written last
+    DIR/index.parquet        a row per row group: its bytes in its shard and their SHA-256, rows, sequence lengths
     DIR/items.parquet        id, raw, count, attributes (ids); a row per item, 1..N in order
     DIR/attributes.parquet   id, field, raw; a row per attribute, 1..A in order
-    DIR/shards/00000.parquet user, items: a row per user, its whole history in time order
+    DIR/shards/00000.parquet user, items: a row per user, its whole history in time order (or 00000.tar)
 
     dataset = Dataset.open("data/beauty")
     sequences = dataset.read_row_group(0)       # NumPy views of the decoded Arrow buffers
@@ -11,6 +12,10 @@
 Item id 0 is padding, 1..N are items, N + 1 is the mask; attribute ids are 1..A, 0 unused. The split is
 leave-one-out: a row's last item is the test target, the one before it the validation target, the rest
 is training data.
+
+Appending makes a new revision n: its files lie in DIR/v{n}, rows that it replaces are marked dead in its index,
+and the manifest before it becomes DIR/manifests/{n - 1}.json. Files never change, so that every revision can
+still be opened.
 """
 
 from __future__ import annotations
@@ -18,27 +23,37 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from s3rec_dist.data.formats import (
-    SHARD_SCHEMA,
+    Format,
     FormatError,
+    WrittenShard,
+    add_contents,
+    decode_arrow,
+    decode_parquet,
     length_counts,
-    open_parquet,
-    read_parquet_row_group,
+    parse_parquet_tail,
     read_parquet_table,
     sha256_of,
+    sync_file,
+    write_parquet_table,
 )
+from s3rec_dist.hashing import hash64, key_of
+from s3rec_dist.storage import DamagedFile, Storage
 
 FORMAT = "s3rec_dist dataset"
-VERSION = 1
+VERSION = 2
 
 SAMPLE_END_BITS = 24
 """A sample's id is ``row << SAMPLE_END_BITS | prefix end``, which bounds a sequence's length."""
@@ -50,19 +65,26 @@ ITEMS_SCHEMA = pa.schema(
     [("id", pa.int32()), ("raw", pa.string()), ("count", pa.int64()), ("attributes", pa.list_(pa.int32()))]
 )
 ATTRIBUTES_SCHEMA = pa.schema([("id", pa.int32()), ("field", pa.string()), ("raw", pa.string())])
+INDEX_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("group", pa.int32()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("sha256", pa.binary(32)),
+        ("rows", pa.int32()),
+        ("lengths", pa.list_(pa.int32())),
+        ("counts", pa.list_(pa.int32())),
+        ("dead", pa.list_(pa.int32())),
+    ]
+)
+
+_CHECKS = 16
+"""Files checked at a time."""
 
 
 class DatasetError(ValueError):
     """A dataset that is missing, damaged or of another version; the message names the file."""
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """What scheduling needs to know of a row group without reading it."""
-
-    rows: int
-    length_counts: tuple[tuple[int, int], ...]
-    """(full sequence length, rows of that length), lengths ascending."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +94,114 @@ class Shard:
     path: str
     """Relative to the dataset."""
     rows: int
+    size: int
+    """Bytes."""
     sha256: str
-    row_groups: tuple[RowGroup, ...]
+    tail_sha256: str
+    """Of what follows the last row group."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """What scheduling and reading need to know of the G row groups, without reading them."""
+
+    shard: np.ndarray
+    """Number of each row group's shard, int32 [G]."""
+    group: np.ndarray
+    """Its number within the shard, int32 [G]."""
+    offset: np.ndarray
+    """Its first byte in the shard, int64 [G]."""
+    size: np.ndarray
+    """Its bytes, int64 [G]."""
+    sha256: list[bytes]
+    """Of its bytes."""
+    rows: np.ndarray
+    """Rows it holds, dead ones included, int32 [G]."""
+    lengths: np.ndarray
+    """Sequence lengths that occur among its living rows, ascending, all row groups end to end, int32."""
+    counts: np.ndarray
+    """Living rows of each of ``lengths``, int32."""
+    length_offsets: np.ndarray
+    """Row group g has ``lengths[length_offsets[g]:length_offsets[g + 1]]``, int64 [G + 1]."""
+    dead: np.ndarray
+    """Rows that a later revision has replaced, ascending numbers within their row groups, end to end, int32."""
+    dead_offsets: np.ndarray
+    """As ``length_offsets``, of ``dead``."""
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    @cached_property
+    def first_row(self) -> np.ndarray:
+        """Number of each row group's first living row in the whole dataset, and the end, int64 [G + 1]."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.per_group(self.counts.astype(np.int64)))])
+
+    def per_group(self, values: np.ndarray) -> np.ndarray:
+        """Sums [G] of values that belong to ``lengths``."""
+        ends = np.concatenate([np.zeros(1, values.dtype), np.cumsum(values)])
+        return ends[self.length_offsets[1:]] - ends[self.length_offsets[:-1]]
+
+    def length_counts(self, group: int) -> tuple[np.ndarray, np.ndarray]:
+        """The living rows' lengths, ascending, and the rows of each."""
+        here = slice(*self.length_offsets[group : group + 2])
+        return self.lengths[here], self.counts[here]
+
+    def dead_rows(self, group: int) -> np.ndarray:
+        """Rows of a row group that are dead."""
+        return self.dead[slice(*self.dead_offsets[group : group + 2])]
+
+    def to_table(self) -> pa.Table:
+        """The rows of index.parquet."""
+        lists = [
+            pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+            for offsets, values in (
+                (self.length_offsets, self.lengths),
+                (self.length_offsets, self.counts),
+                (self.dead_offsets, self.dead),
+            )
+        ]
+        digests = pa.array(self.sha256, pa.binary(32))
+        return pa.Table.from_arrays(
+            [pa.array(self.shard), pa.array(self.group), pa.array(self.offset), pa.array(self.size), digests]
+            + [pa.array(self.rows), *lists],
+            schema=INDEX_SCHEMA,
+        )
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> Index:
+        """Reads :meth:`to_table`."""
+        table = table.combine_chunks()
+        numbers = {name: table.column(name).to_numpy() for name in ("shard", "group", "offset", "size", "rows")}
+        lists = {name: _ragged(table.column(name)) for name in ("lengths", "counts", "dead")}
+        return cls(
+            **numbers,
+            sha256=table.column("sha256").to_pylist(),
+            lengths=lists["lengths"][0],
+            counts=lists["counts"][0],
+            length_offsets=lists["lengths"][1],
+            dead=lists["dead"][0],
+            dead_offsets=lists["dead"][1],
+        )
+
+    @classmethod
+    def of_shards(cls, shards: Sequence[WrittenShard], first_shard: int = 0) -> Index:
+        """The index of newly written shards, the first of which is number ``first_shard``."""
+        groups = [(n, i, group) for n, shard in enumerate(shards, first_shard) for i, group in enumerate(shard.groups)]
+        empty = [np.empty(0, np.int32)]
+        sizes = np.array([0] + [len(group.lengths) for *_, group in groups], dtype=np.int64)
+        return cls(
+            shard=np.array([n for n, _, _ in groups], dtype=np.int32),
+            group=np.array([i for _, i, _ in groups], dtype=np.int32),
+            offset=np.array([group.offset for *_, group in groups], dtype=np.int64),
+            size=np.array([group.size for *_, group in groups], dtype=np.int64),
+            sha256=[group.sha256 for *_, group in groups],
+            rows=np.array([group.rows for *_, group in groups], dtype=np.int32),
+            lengths=np.concatenate(empty + [group.lengths for *_, group in groups]),
+            counts=np.concatenate(empty + [group.counts for *_, group in groups]),
+            length_offsets=np.cumsum(sizes),
+            dead=empty[0],
+            dead_offsets=np.zeros(len(groups) + 1, dtype=np.int64),
+        )
 
 
 @dataclass(frozen=True)
@@ -81,33 +209,35 @@ class Manifest:
     """The dataset's description, ``manifest.json``."""
 
     name: str
+    format: Format
     users: int
     items: int
     """N, the largest item id."""
     attributes: int
     """A, the largest attribute id."""
     interactions: int
+    content: str
+    """Hash of what the dataset says, whatever its format, shards, row groups and the order of its rows."""
+    rows_content: tuple[int, int]
+    """The rows' part of ``content``, a sum over rows (``formats.content_of``)."""
+    catalogue: str
+    """SHA-256 of the items' raw ids in order: what each item id means."""
     shards: tuple[Shard, ...]
     files: dict[str, str]
-    """SHA-256 of items.parquet and attributes.parquet."""
+    """SHA-256 of the other files."""
     preparation: dict[str, Any]
     """The settings of prepare that shape the data, and what it counted."""
     created_with: str
+    revision: int = 1
+    """Counts the appends to a dataset, from 1."""
+    folder: str = ""
+    """Where ``files`` lie, relative to the dataset: '' or as in 'v2/'."""
     split: str = "leave_one_out"
     version: int = VERSION
 
     def to_json(self) -> str:
         """Text for manifest.json; equal manifests give equal text."""
-        tree = {"format": FORMAT, **dataclasses.asdict(self)}
-        tree["shards"] = [
-            {
-                "path": shard.path,
-                "rows": shard.rows,
-                "sha256": shard.sha256,
-                "row_groups": [{"rows": g.rows, "length_counts": g.length_counts} for g in shard.row_groups],
-            }
-            for shard in self.shards
-        ]
+        tree = {"kind": FORMAT, **dataclasses.asdict(self)}
         return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n"
 
     @classmethod
@@ -117,35 +247,34 @@ class Manifest:
             tree = json.loads(text)
         except ValueError as error:
             raise DatasetError(f"{source}: not valid JSON ({error}); prepare the dataset again") from error
-        if not isinstance(tree, dict) or tree.pop("format", None) != FORMAT:
+        if not isinstance(tree, dict) or FORMAT not in (tree.get("kind"), tree.get("format")):  # the latter: version 1
             raise DatasetError(f"{source}: not a {FORMAT}'s manifest; expected a folder that 's3rec prepare' wrote")
         if tree.get("version") != VERSION:
             raise DatasetError(
                 f"{source}: dataset version {tree.get('version')!r}, this program reads version {VERSION}; "
                 "prepare the dataset again with this version"
             )
+        del tree["kind"]
         try:
             shards = tuple(
                 Shard(
                     _inside(shard["path"]),
                     int(shard["rows"]),
+                    int(shard["size"]),
                     str(shard["sha256"]),
-                    tuple(
-                        RowGroup(int(g["rows"]), tuple((int(n), int(rows)) for n, rows in g["length_counts"]))
-                        for g in shard["row_groups"]
-                    ),
+                    str(shard["tail_sha256"]),
                 )
                 for shard in tree.pop("shards")
             )
-            manifest = cls(shards=shards, **tree)
+            first, second = tree.pop("rows_content")
+            manifest = cls(shards=shards, rows_content=(int(first), int(second)), **tree)
             counts = (manifest.users, manifest.items, manifest.attributes, manifest.interactions)
             if not all(isinstance(n, int) and n >= 0 for n in counts):
                 raise ValueError("counts must be non-negative integers")
-            for shard in shards:
-                if shard.rows != sum(g.rows for g in shard.row_groups):
-                    raise ValueError(f"{shard.path}: rows and row groups disagree")
-            if manifest.users != sum(shard.rows for shard in shards):
-                raise ValueError("users and the shards' rows disagree")
+            if manifest.format not in ("parquet", "webdataset"):
+                raise ValueError(f"format {manifest.format!r}, expected parquet or webdataset")
+            for name in manifest.files:
+                _inside(f"{manifest.folder}{name}")
         except (KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"{source}: malformed manifest ({error}); prepare the dataset again") from error
         return manifest
@@ -160,8 +289,8 @@ class Manifest:
 class Sequences:
     """One decoded row group; the arrays are read-only views of Arrow buffers."""
 
-    users: pa.Array
-    """Raw user ids, string [rows]."""
+    users: Any
+    """Raw user ids, a string array [rows]; None where they were not asked for."""
     values: np.ndarray
     """Item ids of all rows end to end, int32 [T]."""
     offsets: np.ndarray
@@ -181,36 +310,49 @@ class ItemAttributes:
 
 
 class Dataset:
-    """A prepared dataset, opened for reading. Methods may be called from several threads."""
+    """A prepared dataset, opened for reading. Methods may be called from several threads.
 
-    def __init__(self, path: str, manifest: Manifest) -> None:
-        self.path = path
-        self.manifest = manifest
-        self.row_groups: list[tuple[int, int, int, RowGroup]] = []
-        """(shard index, row group index in the shard, number of its first row, row group), in file order."""
-        first_row = 0
-        for shard_index, shard in enumerate(manifest.shards):
-            for group_index, group in enumerate(shard.row_groups):
-                self.row_groups.append((shard_index, group_index, first_row, group))
-                first_row += group.rows
+    Row groups that turn out to be damaged are errors; where up to ``max_bad_shards`` shards may be, they read as
+    empty ones and are listed in ``damaged``.
+    """
+
+    def __init__(
+        self, path: str, manifest: Manifest, storage: Storage | None = None, *, max_bad_shards: int = 0
+    ) -> None:
+        self.path, self.manifest, self.storage = path, manifest, storage or Storage()
+        self.max_bad_shards = max_bad_shards
+        self.damaged: dict[int, str] = {}
+        """Row groups that were left out, each with the reason."""
         self._footers: dict[int, Any] = {}
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: str) -> Dataset:
-        """Reads the manifest of a folder or fsspec URL. Raises :class:`DatasetError`."""
+    def open(cls, path: str, storage: Storage | None = None, *, revision: int = 0, max_bad_shards: int = 0) -> Dataset:
+        """Reads the manifest of a folder or fsspec URL; of an earlier ``revision`` where it is not 0.
+
+        Raises :class:`DatasetError`, or StorageError where the storage may not be used or does not answer.
+        """
+        storage = storage or Storage()
         path = str(path).rstrip("/") or "/"
         source = f"{path}/manifest.json"
+        manifest = cls._read_manifest(source, path, storage)
+        if revision not in (0, manifest.revision):
+            if not 0 < revision < manifest.revision:
+                raise DatasetError(f"{source}: has revisions 1 to {manifest.revision}, not {revision}")
+            manifest = cls._read_manifest(f"{path}/manifests/{revision}.json", path, storage)
+        return cls(path, manifest, storage, max_bad_shards=max_bad_shards)
+
+    @staticmethod
+    def _read_manifest(source: str, path: str, storage: Storage) -> Manifest:
         try:
-            with fsspec.open(source, "rb") as file:
-                text = file.read().decode()
-        except FileNotFoundError as error:
+            text = storage.read(source).decode()
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise DatasetError(
                 f"{source}: no such file; expected a dataset folder that 's3rec prepare --output {path}' writes"
             ) from error
         except (OSError, UnicodeDecodeError) as error:
             raise DatasetError(f"{source}: cannot be read ({error})") from error
-        return cls(path, Manifest.from_json(text, source))
+        return Manifest.from_json(text, source)
 
     @property
     def n_items(self) -> int:
@@ -237,47 +379,110 @@ class Dataset:
         """SHA-256 of the manifest."""
         return self.manifest.fingerprint
 
-    def verify(self) -> None:
-        """Compares every file's SHA-256 with the manifest. Raises :class:`DatasetError` naming one that differs."""
-        expected = {**self.manifest.files, **{shard.path: shard.sha256 for shard in self.manifest.shards}}
-        for name, digest in expected.items():
-            try:
-                found = sha256_of(self._file(name))
-            except FileNotFoundError as error:
-                raise self._missing(name) from error
-            if found != digest:
-                raise DatasetError(
-                    f"{self._file(name)}: SHA-256 is {found}, the manifest says {digest}; "
-                    "the file has changed since it was prepared: restore it or prepare the dataset again"
-                )
+    @cached_property
+    def index(self) -> Index:
+        """The row groups."""
+        index = Index.from_table(self._read_table("index.parquet", INDEX_SCHEMA))
+        rows = np.bincount(index.shard, index.rows, len(self.manifest.shards)).tolist()
+        if rows != [shard.rows for shard in self.manifest.shards] or index.first_row[-1] != self.n_rows:
+            raise DatasetError(
+                f"{self.file('index.parquet')}: rows and the manifest's disagree; restore the file or prepare the "
+                "dataset again"
+            )
+        return index
 
-    def read_row_group(self, index: int) -> Sequences:
-        """Decodes row group ``index`` of :attr:`row_groups`, checksums verified, without copying values."""
-        shard_index, group_index, first_row, group = self.row_groups[index]
-        name = self.manifest.shards[shard_index].path
+    def verify(self, part: int = 0, parts: int = 1, *, hashes: bool = True) -> None:
+        """Compares the files' sizes and, with ``hashes``, their SHA-256 with the manifest: of ``parts`` shares of the
+        shards this one. Raises :class:`DatasetError` naming a file that differs."""
+        shares: list[tuple[str, int, str]] = [
+            (shard.path, shard.size, shard.sha256) for shard in self.manifest.shards[part::parts]
+        ]
+        if hashes and part == 0:
+            shares += [(f"{self.manifest.folder}{name}", -1, sha) for name, sha in self.manifest.files.items()]
+        with ThreadPoolExecutor(_CHECKS, thread_name_prefix="s3rec-verify") as pool:
+            try:
+                list(pool.map(lambda share: self._verify_file(share, hashes), shares))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _verify_file(self, share: tuple[str, int, str], hashes: bool) -> None:
+        name, size, sha256 = share
+        url = f"{self.path}/{name}"
         try:
-            batch = read_parquet_row_group(self._file(name), group_index, self._footer(shard_index))
+            if size >= 0 and (found := self.storage.size(url)) != size:
+                raise DatasetError(f"{url}: has {found:,} bytes, the manifest says {size:,}; {_RESTORE}")
+            if hashes and (digest := self.storage.sha256(url)) != sha256:
+                raise DatasetError(
+                    f"{url}: SHA-256 is {digest}, the manifest says {sha256}; "
+                    f"the file has changed since it was prepared: {_RESTORE}"
+                )
         except FileNotFoundError as error:
             raise self._missing(name) from error
+
+    def read_row_group(self, index: int, with_users: bool = True) -> Sequences:
+        """Decodes row group ``index``, its SHA-256 verified, without copying values; without ``with_users`` in less
+        time. Dead rows are left out.
+
+        Raises :class:`DatasetError`, naming the shard, where it is damaged; see :class:`Dataset` for how to do without.
+        """
+        try:
+            return self._sequences(index, with_users)
+        except _Damaged as error:
+            with self._lock:
+                if self.max_bad_shards:
+                    self.damaged[index] = str(error)
+                bad = {int(self.index.shard[i]) for i in self.damaged}
+            if len(bad) > self.max_bad_shards or not self.max_bad_shards:
+                raise DatasetError(
+                    f"{error}; {_RESTORE}"
+                    + (f". This is damaged shard {len(bad)}, more than may be left out" if self.damaged else "")
+                ) from error
+        return Sequences(
+            pa.array([], pa.string()), np.empty(0, np.int32), np.zeros(1, np.int64), int(self.index.first_row[index])
+        )
+
+    def _sequences(self, index: int, with_users: bool) -> Sequences:
+        entry, name = self.index, self.manifest.shards[self.index.shard[index]].path
+        group = int(entry.group[index])
+        url = f"{self.path}/{name}"
+        where = f"{url}: row group {group}"
+        try:
+            offset = int(entry.offset[index])
+            data = self.storage.read_checked(url, offset, int(entry.size[index]), entry.sha256[index])
+            if self.manifest.format == "parquet":
+                footer = self._footer(int(entry.shard[index]))
+                batch = decode_parquet(data, offset, footer, group, with_users, where)
+            else:
+                batch = decode_arrow(data, where)
+        except FileNotFoundError:
+            raise _Damaged(f"{url}: no such file, but the manifest lists it") from None
+        except DamagedFile as error:
+            raise _Damaged(f"{where}: {str(error).removeprefix(url + ': ')}") from error
         except FormatError as error:
-            raise DatasetError(f"{error}; restore the file or prepare the dataset again") from error
-        users, lists = batch.columns
-        where = f"{self._file(name)}: row group {group_index}"
+            raise _Damaged(str(error)) from error
+        lists = batch.column("items")
+        users = batch.column("user") if with_users else None
         offsets = lists.offsets.to_numpy().astype(np.int64)
         values = lists.values.slice(offsets[0], offsets[-1] - offsets[0])
         offsets -= offsets[0]
-        if users.null_count or lists.null_count or values.null_count:
-            raise DatasetError(f"{where}: holds nulls; prepare the dataset again")
-        if length_counts(offsets) != group.length_counts:
-            raise DatasetError(f"{where}: sequence lengths differ from the manifest's; prepare the dataset again")
+        if (users is not None and users.null_count) or lists.null_count or values.null_count:
+            raise _Damaged(f"{where}: holds nulls")
         items = values.to_numpy(zero_copy_only=True)
+        if len(dead := entry.dead_rows(index)):
+            living = np.setdiff1d(np.arange(len(lists)), dead)
+            lengths = np.diff(offsets)
+            is_living = np.ones(len(lists), dtype=bool)
+            is_living[dead] = False
+            items = items[np.repeat(is_living, lengths)]
+            offsets = np.concatenate([offsets[:1], np.cumsum(lengths[living])])
+            users = users.take(pa.array(living)) if users is not None else None
+        if not all(map(np.array_equal, length_counts(offsets), entry.length_counts(index))):
+            raise _Damaged(f"{where}: sequence lengths differ from the index's")
+        first_row = int(entry.first_row[index])
         if len(items) and not (items.min() >= 1 and items.max() <= self.n_items):
             position = int(np.argmax((items < 1) | (items > self.n_items)))
             row = first_row + int(np.searchsorted(offsets, position, side="right")) - 1
-            raise DatasetError(
-                f"{where}: row {row} holds item id {items[position]}, expected 1..{self.n_items}; "
-                "prepare the dataset again"
-            )
+            raise _Damaged(f"{where}: row {row} holds item id {items[position]}, expected 1..{self.n_items}")
         return Sequences(users, items, offsets, first_row)
 
     def item_attributes(self) -> ItemAttributes:
@@ -288,7 +493,7 @@ class Dataset:
         offsets -= offsets[0]
         if len(values) and not (values.min() >= 1 and values.max() <= self.n_attributes):
             raise DatasetError(
-                f"{self._file('items.parquet')}: attribute ids must lie in 1..{self.n_attributes}, "
+                f"{self.file('items.parquet')}: attribute ids must lie in 1..{self.n_attributes}, "
                 f"found {values.min()}..{values.max()}; prepare the dataset again"
             )
         return ItemAttributes(np.concatenate([offsets[:1], offsets, offsets[-1:]]), values.astype(np.int32, copy=False))
@@ -309,7 +514,7 @@ class Dataset:
 
     def attributes_table(self) -> pa.Table:
         """id, field, raw; row a is attribute a + 1."""
-        return self._read_table("attributes.parquet", ATTRIBUTES_SCHEMA, self.n_attributes)
+        return self._read_catalogue("attributes.parquet", ATTRIBUTES_SCHEMA, self.n_attributes)
 
     def segment_pool(self, holdout: int, limit: int = 1 << 22) -> np.ndarray:
         """Up to ``limit`` items of rows laid end to end, each row without its last ``holdout`` items; int32.
@@ -317,16 +522,14 @@ class Dataset:
         Row groups come in a fixed hashed order, so that a pool that cannot hold all of them is no
         slice of one end of the dataset. The same on every rank.
         """
-        from s3rec_dist.hashing import hash64, key_of  # imports torch, which preparing and inspecting do without
-
-        keys = np.full(len(self.row_groups), key_of(0x5E6), dtype=np.int64)
+        keys = np.full(len(self.index), key_of(0x5E6), dtype=np.int64)
         order = np.argsort(hash64(keys, np.arange(len(keys), dtype=np.int64)), kind="stable")
         pieces: list[np.ndarray] = []
         total = 0
         for index in order:
             if total >= limit:
                 break
-            sequences = self.read_row_group(int(index))
+            sequences = self.read_row_group(int(index), with_users=False)
             lengths = np.diff(sequences.offsets)
             from_end = np.repeat(sequences.offsets[1:], lengths) - np.arange(len(sequences.values))
             piece = sequences.values[from_end > holdout]
@@ -336,18 +539,29 @@ class Dataset:
 
     @cached_property
     def _items(self) -> pa.Table:
-        return self._read_table("items.parquet", ITEMS_SCHEMA, self.n_items)
+        return self._read_catalogue("items.parquet", ITEMS_SCHEMA, self.n_items)
 
-    def _read_table(self, name: str, schema: pa.Schema, rows: int) -> pa.Table:
-        try:
-            table = read_parquet_table(self._file(name), schema)
-        except FileNotFoundError as error:
-            raise self._missing(name) from error
-        except FormatError as error:
-            raise DatasetError(f"{error}; restore the file or prepare the dataset again") from error
+    def _read_catalogue(self, name: str, schema: pa.Schema, rows: int) -> pa.Table:
+        table = self._read_table(name, schema)
         if not np.array_equal(table.column("id").to_numpy(), np.arange(1, rows + 1)):
-            raise DatasetError(f"{self._file(name)}: expected ids 1..{rows}, a row each; prepare the dataset again")
+            raise DatasetError(f"{self.file(name)}: expected ids 1..{rows}, a row each; prepare the dataset again")
         return table
+
+    def _read_table(self, name: str, schema: pa.Schema) -> pa.Table:
+        """One of the manifest's files, its SHA-256 verified."""
+        url = self.file(name)
+        try:
+            data = self.storage.read(url)
+            if (digest := hashlib.sha256(data).hexdigest()) != self.manifest.files[name]:
+                raise DatasetError(
+                    f"{url}: SHA-256 is {digest}, the manifest says {self.manifest.files[name]}; "
+                    f"the file has changed since it was prepared: {_RESTORE}"
+                )
+            return read_parquet_table(pa.BufferReader(data), schema, url)
+        except FileNotFoundError as error:
+            raise self._missing(f"{self.manifest.folder}{name}") from error
+        except FormatError as error:
+            raise DatasetError(f"{error}; {_RESTORE}") from error
 
     def _footer(self, shard_index: int) -> Any:
         """The shard's parsed footer, read once."""
@@ -355,25 +569,170 @@ class Dataset:
             footer = self._footers.get(shard_index)
         if footer is None:
             shard = self.manifest.shards[shard_index]
-            with open_parquet(self._file(shard.path), SHARD_SCHEMA) as file:
-                footer = file.metadata
-            if footer.num_row_groups != len(shard.row_groups) or footer.num_rows != shard.rows:
-                raise DatasetError(
-                    f"{self._file(shard.path)}: {footer.num_rows} rows in {footer.num_row_groups} row groups, "
-                    f"the manifest says {shard.rows} in {len(shard.row_groups)}; "
-                    "restore the file or prepare the dataset again"
-                )
+            url = f"{self.path}/{shard.path}"
+            own = np.flatnonzero(self.index.shard == shard_index)
+            offset = int((self.index.offset[own] + self.index.size[own]).max())
+            tail = self.storage.read_checked(url, offset, shard.size - offset, bytes.fromhex(shard.tail_sha256))
+            footer = parse_parquet_tail(tail, url)
+            if [footer.row_group(i).num_rows for i in range(footer.num_row_groups)] != self.index.rows[own].tolist():
+                raise FormatError(f"{url}: the rows of its row groups differ from the index's")
             with self._lock:
                 self._footers[shard_index] = footer
         return footer
 
-    def _file(self, name: str) -> str:
-        return f"{self.path}/{name}"
+    def file(self, name: str) -> str:
+        """Path or URL of one of the manifest's ``files``."""
+        return f"{self.path}/{self.manifest.folder}{name}"
 
     def _missing(self, name: str) -> DatasetError:
-        return DatasetError(
-            f"{self._file(name)}: no such file, but the manifest lists it; restore it or prepare the dataset again"
-        )
+        return DatasetError(f"{self.path}/{name}: no such file, but the manifest lists it; {_RESTORE}")
+
+
+_RESTORE = "restore it or prepare the dataset again"
+
+
+class _Damaged(DatasetError):
+    """A row group that cannot be had from its shard, now or later."""
+
+
+def new_manifest(
+    folder: str,
+    *,
+    name: str,
+    format: Format,
+    shards: Sequence[WrittenShard],
+    items: pa.Table,
+    attributes: pa.Table,
+    preparation: Mapping[str, Any],
+    created_with: str,
+    more_files: Iterable[str] = (),
+    before: Dataset | None = None,
+    dead: Mapping[int, np.ndarray] | None = None,
+    dead_content: tuple[int, int] = (0, 0),
+) -> Manifest:
+    """Writes the catalogue, the index and then the manifest of a dataset into ``folder``, where the new ``shards``
+    lie under ``shards/``.
+
+    With ``before`` it is the next revision of that dataset: files and shards belong into ``folder``/v{n}, the index
+    goes on from the one before, the rows ``dead`` {row group: numbers of rows in it, as stored} are replaced, whose
+    content (``formats.content_of``) is ``dead_content``. ``more_files`` are names of files that lie beside the
+    catalogue already.
+    """
+    revision = before.manifest.revision + 1 if before else 1
+    sub = f"v{revision}/" if before else ""
+    where = os.path.join(folder, sub)
+    old_shards = before.manifest.shards if before else ()
+    index = Index.of_shards(shards, len(old_shards))
+    content = add_contents(shard.content for shard in shards)
+    if before is not None:
+        index = _joined(_with_dead(before, dead or {}), index)
+        minus = (-dead_content[0], -dead_content[1])
+        content = add_contents([before.manifest.rows_content, content, minus])
+    items, attributes = items.cast(ITEMS_SCHEMA), attributes.cast(ATTRIBUTES_SCHEMA)
+    tables = {"items.parquet": items, "attributes.parquet": attributes, "index.parquet": index.to_table()}
+    files = {file: write_parquet_table(table, os.path.join(where, file)) for file, table in tables.items()}
+    files |= {file: sha256_of(os.path.join(where, file)) for file in more_files}
+    told = [*content, _digest(items), _digest(attributes)]
+    manifest = Manifest(
+        name=name,
+        format=format,
+        users=int(index.first_row[-1]),
+        items=len(items),
+        attributes=len(attributes),
+        interactions=int(index.lengths.astype(np.int64) @ index.counts),
+        content=hashlib.sha256(json.dumps(told).encode()).hexdigest(),
+        rows_content=content,
+        catalogue=_digest(items.select(["raw"])),
+        shards=(
+            *old_shards,
+            *(Shard(f"{sub}shards/{s.name}", s.rows, s.size, s.sha256, s.tail_sha256) for s in shards),
+        ),
+        files=files,
+        preparation=dict(preparation),
+        created_with=created_with,
+        revision=revision,
+        folder=sub,
+    )
+    storage = Storage()
+    if before is not None:
+        storage.write(os.path.join(folder, "manifests", f"{revision - 1}.json"), before.manifest.to_json().encode())
+    storage.write(os.path.join(folder, "manifest.json"), manifest.to_json().encode())
+    for name in (os.path.join(where, "shards"), where, folder):
+        if os.path.isdir(name):
+            sync_file(name)
+    return manifest
+
+
+def _with_dead(dataset: Dataset, dead: Mapping[int, np.ndarray]) -> Index:
+    """The dataset's index with further dead rows."""
+    index = dataset.index
+    lengths, counts, rows = [], [], []
+    for group in range(len(index)):
+        kept = index.length_counts(group)
+        more = dead.get(group)
+        if more is not None:
+            kept = _without(dataset, group, more)
+        lengths.append(kept[0])
+        counts.append(kept[1])
+        rows.append(np.union1d(index.dead_rows(group), more if more is not None else []).astype(np.int32))
+    return dataclasses.replace(
+        index,
+        lengths=np.concatenate([np.empty(0, np.int32), *lengths]),
+        counts=np.concatenate([np.empty(0, np.int32), *counts]),
+        length_offsets=np.cumsum([0, *map(len, lengths)], dtype=np.int64),
+        dead=np.concatenate([np.empty(0, np.int32), *rows]),
+        dead_offsets=np.cumsum([0, *map(len, rows)], dtype=np.int64),
+    )
+
+
+def _without(dataset: Dataset, group: int, dead: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Length counts of a row group without the stored rows ``dead``."""
+    living = np.setdiff1d(np.arange(dataset.index.rows[group]), dataset.index.dead_rows(group))
+    lengths = np.diff(dataset.read_row_group(group, with_users=False).offsets)[~np.isin(living, dead)]
+    return length_counts(np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
+
+
+def _joined(first: Index, second: Index) -> Index:
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Index):
+        a, b = getattr(first, field.name), getattr(second, field.name)
+        if field.name.endswith("_offsets"):
+            values[field.name] = np.concatenate([a, b[1:] + a[-1]])
+        else:
+            values[field.name] = a + b if isinstance(a, list) else np.concatenate([a, b])
+    return Index(**values)
+
+
+def _digest(table: pa.Table) -> str:
+    """SHA-256 of a table's values, however its chunks and buffers lie."""
+    digest = hashlib.sha256()
+    for column in table.columns:
+        kind = column.type
+        if pa.types.is_string(kind) or pa.types.is_list(kind):
+            lengths = pc.binary_length(column) if pa.types.is_string(kind) else pc.list_value_length(column)
+            digest.update(lengths.combine_chunks().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+            for chunk in column.chunks:
+                if pa.types.is_list(kind):
+                    digest.update(chunk.flatten().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+                else:
+                    digest.update(b"".join(_string_bytes(chunk)))
+        else:
+            digest.update(column.combine_chunks().to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _string_bytes(array: pa.Array) -> Iterable[bytes]:
+    array = array.cast(pa.large_string())
+    offsets = np.frombuffer(array.buffers()[1], np.int64)[array.offset : array.offset + len(array) + 1]
+    yield bytes(memoryview(array.buffers()[2] or b"")[offsets[0] : offsets[-1]])
+
+
+def _ragged(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(values end to end, offsets int64) of a list column."""
+    lists = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    values = lists.values.slice(offsets[0], offsets[-1] - offsets[0]).to_numpy(zero_copy_only=False)
+    return values, offsets - offsets[0]
 
 
 def _inside(path: str) -> str:

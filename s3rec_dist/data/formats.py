@@ -1,29 +1,43 @@
 """Reading and writing one shard. A shard holds whole row groups; every format gives the same Arrow table.
 
 ``SHARD_SCHEMA`` is all a shard may hold: ``user: string``, ``items: list<int32>``, a row per user, its
-whole history in time order. Parquet pages carry checksums, written and verified, because Parquet alone
-lets a flipped bit through in silence.
+whole history in time order.
+
+    parquet      a row group is a Parquet row group; pages carry checksums
+    webdataset   a plain tar, which the webdataset library reads; a row group is the member SHARD-GROUP.arrow,
+                 an Arrow IPC stream of one batch
+
+Either way a row group is one range of bytes, of which the dataset's index has place and SHA-256. Nothing else of a
+file is trusted: no schema but ours is decoded, so no pickle, no extension type, and nothing that is compressed
+beyond what the index announces.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SHARD_SCHEMA = pa.schema([("user", pa.string()), ("items", pa.list_(pa.int32()))])
+from s3rec_dist.hashing import GOLDEN, hash64, key_of, mix
 
+Format = Literal["parquet", "webdataset"]
+
+SHARD_SCHEMA = pa.schema([("user", pa.string()), ("items", pa.list_(pa.int32()))])
 
 DAMAGE = (OSError, pa.ArrowException, UnicodeDecodeError, OverflowError)
 """What pyarrow raises on damaged files."""
+
+_EXTENSIONS: dict[Format, str] = {"parquet": "parquet", "webdataset": "tar"}
+_LOW_64 = (1 << 64) - 1
 
 
 class FormatError(ValueError):
@@ -31,59 +45,193 @@ class FormatError(ValueError):
 
 
 @dataclass(frozen=True)
+class WrittenGroup:
+    """A row group as it lies in its shard: its bytes and their SHA-256, its rows and their lengths."""
+
+    offset: int
+    size: int
+    """Bytes."""
+    sha256: bytes
+    rows: int
+    lengths: np.ndarray
+    """Sequence lengths that occur, ascending, int32."""
+    counts: np.ndarray
+    """Rows of each length, int32."""
+
+
+@dataclass(frozen=True)
 class WrittenShard:
-    """A shard as it now lies on disk: name, rows, SHA-256, and per row group its sequence lengths."""
+    """A shard as it now lies on disk."""
 
     name: str
     rows: int
+    size: int
+    """Bytes."""
     sha256: str
-    row_groups: tuple[tuple[tuple[int, int], ...], ...]
-    """For each row group: (sequence length, rows of that length), lengths ascending."""
+    tail_sha256: str
+    """Of what follows the last row group: Parquet's footer."""
+    content: tuple[int, int]
+    """Two sums of row hashes modulo 2^64 (:func:`content_of`)."""
+    groups: tuple[WrittenGroup, ...]
 
 
-def length_counts(offsets: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """(sequence length, rows of that length) for list offsets [rows + 1], lengths ascending."""
-    lengths, rows = np.unique(np.diff(offsets), return_counts=True)
-    return tuple(zip(lengths.tolist(), rows.tolist(), strict=True))
+def length_counts(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sequence lengths that occur, ascending, and the rows of each, both int32, for list offsets [rows + 1]."""
+    lengths, counts = np.unique(np.diff(offsets), return_counts=True)
+    return lengths.astype(np.int32), counts.astype(np.int32)
 
 
-def write_parquet_shards(groups: Iterable[pa.RecordBatch], folder: str, groups_per_shard: int) -> list[WrittenShard]:
-    """Writes each batch as one row group, ``groups_per_shard`` a file: ``00000.parquet`` and on."""
+def content_of(users: pa.Array, values: np.ndarray, offsets: np.ndarray) -> tuple[int, int]:
+    """A hash of the rows' users (strings) and items that is a sum over rows: two numbers modulo 2^64.
+
+    So it does not depend on how rows are cut into row groups and shards, or in which format they lie.
+    """
+    users = users.cast(pa.large_binary())
+    name_offsets = np.frombuffer(users.buffers()[1], np.int64)[users.offset : users.offset + len(users) + 1]
+    names = np.frombuffer(users.buffers()[2] or b"", np.uint8)[name_offsets[0] : name_offsets[-1]]
+    sums = []
+    for lane in (1, 2):
+        rows = _row_hashes(values, offsets, key_of(lane, 1)) ^ _row_hashes(
+            names, name_offsets - name_offsets[0], key_of(lane, 2)
+        )
+        sums.append(int(mix(rows).sum()) & _LOW_64)
+    return sums[0], sums[1]
+
+
+def _row_hashes(values: np.ndarray, offsets: np.ndarray, key: int) -> np.ndarray:
+    """A hash of each row of a ragged array, int64 [rows]."""
+    lengths = np.diff(offsets)
+    place = np.arange(len(values), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
+    hashes = mix(values.astype(np.int64) * (GOLDEN >> 7) + (place * GOLDEN + key))
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(hashes)])
+    return hash64(ends[offsets[1:]] - ends[offsets[:-1]], lengths.astype(np.int64))
+
+
+def add_contents(contents: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The content of rows together, from that of their parts."""
+    first = second = 0
+    for a, b in contents:
+        first, second = (first + a) & _LOW_64, (second + b) & _LOW_64
+    return first, second
+
+
+def write_shards(
+    groups: Iterable[pa.RecordBatch], folder: str, groups_per_shard: int, format: Format = "parquet", prefix: str = ""
+) -> list[WrittenShard]:
+    """Writes each batch as one row group, ``groups_per_shard`` a file: ``PREFIX00000.parquet`` (or ``.tar``) and on."""
     os.makedirs(folder, exist_ok=True)
     shards: list[WrittenShard] = []
-    writer: pq.ParquetWriter | None = None
-    counts: list[tuple[tuple[int, int], ...]] = []
-    rows = 0
-    name = ""
+    writer: _ParquetShard | _TarShard | None = None
+    written: list[tuple[int, np.ndarray, np.ndarray, tuple[int, int]]] = []
 
     def close() -> None:
-        nonlocal writer, counts, rows
-        if writer is None:
-            return
-        writer.close()
-        writer = None
-        path = os.path.join(folder, name)
-        sync_file(path)
-        shards.append(WrittenShard(name, rows, sha256_of(path), tuple(counts)))
-        counts, rows = [], 0
+        nonlocal writer, written
+        if writer is not None:
+            closing, writer = writer, None
+            ranges = closing.close()
+            shards.append(_written_shard(closing.path, ranges, written))
+            written = []
 
     try:
         for batch in groups:
             if writer is None:
-                name = f"{len(shards):05d}.parquet"
-                writer = parquet_writer(os.path.join(folder, name), SHARD_SCHEMA)
-            table = pa.Table.from_batches([batch], schema=SHARD_SCHEMA)
-            writer.write_table(table, row_group_size=max(batch.num_rows, 1))
-            counts.append(length_counts(batch.column(1).offsets.to_numpy()))
-            rows += batch.num_rows
-            if len(counts) == groups_per_shard:
+                name = f"{prefix}{len(shards):05d}.{_EXTENSIONS[format]}"
+                path = os.path.join(folder, name)
+                writer = _ParquetShard(path) if format == "parquet" else _TarShard(path)
+            writer.write(batch)
+            users, lists = batch.columns
+            offsets = lists.offsets.to_numpy().astype(np.int64)
+            values = lists.values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
+            offsets -= offsets[0]
+            written.append((batch.num_rows, *length_counts(offsets), content_of(users, values, offsets)))
+            if len(written) == groups_per_shard:
                 close()
         close()
     except BaseException:
         if writer is not None:
-            _close_quietly(writer)
+            with contextlib.suppress(*DAMAGE):  # the error that brought us here is the one to report
+                writer.close()
         raise
     return shards
+
+
+def _written_shard(path: str, ranges: list[tuple[int, int]], written: list[Any]) -> WrittenShard:
+    """Reads a new shard once more, for its hashes."""
+    whole = hashlib.sha256()
+    groups: list[WrittenGroup] = []
+    with open(path, "rb") as file:
+        for (offset, size), (rows, lengths, counts, _) in zip(ranges, written, strict=True):
+            whole.update(file.read(offset - file.tell()))
+            data = file.read(size)
+            whole.update(data)
+            groups.append(WrittenGroup(offset, size, hashlib.sha256(data).digest(), rows, lengths, counts))
+        tail = file.read()
+        whole.update(tail)
+        size = file.tell()
+        os.fsync(file.fileno())
+    return WrittenShard(
+        name=os.path.basename(path),
+        rows=sum(group.rows for group in groups),
+        size=size,
+        sha256=whole.hexdigest(),
+        tail_sha256=hashlib.sha256(tail).hexdigest(),
+        content=add_contents(content for *_, content in written),
+        groups=tuple(groups),
+    )
+
+
+class _ParquetShard:
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._writer = parquet_writer(path, SHARD_SCHEMA)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        table = pa.Table.from_batches([batch], schema=SHARD_SCHEMA)
+        self._writer.write_table(table, row_group_size=max(batch.num_rows, 1))
+
+    def close(self) -> list[tuple[int, int]]:
+        """(offset, bytes) of each row group, all its column chunks."""
+        self._writer.close()
+        metadata = pq.read_metadata(self.path)
+        return [_group_range(metadata.row_group(i)) for i in range(metadata.num_row_groups)]
+
+
+def _group_range(group: Any) -> tuple[int, int]:
+    columns = [group.column(i) for i in range(group.num_columns)]
+    first = min(column.data_page_offset for column in columns)  # no dictionaries: data comes first
+    last = max(column.data_page_offset + column.total_compressed_size for column in columns)
+    return first, last - first
+
+
+class _TarShard:
+    def __init__(self, path: str) -> None:
+        import webdataset
+
+        self.path = path
+        self._key = os.path.splitext(os.path.basename(path))[0]
+        self._file = open(path, "wb")  # noqa: SIM115 -- close() closes it
+        self._writer = webdataset.TarWriter(self._file, encoder=False, user="", group="", mtime=0)
+        self._ranges: list[tuple[int, int]] = []
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        sink = io.BytesIO()
+        with pa.ipc.new_stream(sink, SHARD_SCHEMA) as stream:
+            stream.write_batch(pa.RecordBatch.from_arrays(_compact(batch), schema=SHARD_SCHEMA))
+        data = sink.getvalue()
+        offset = self._writer.tarstream.offset + 512  # after the member's header
+        self._writer.write({"__key__": f"{self._key}-{len(self._ranges):05d}", "arrow": data})
+        self._ranges.append((offset, len(data)))
+
+    def close(self) -> list[tuple[int, int]]:
+        """(offset, bytes) of each row group, its member's contents."""
+        self._writer.close()
+        self._file.close()
+        return self._ranges
+
+
+def _compact(batch: pa.RecordBatch) -> list[pa.Array]:
+    """The columns without what a slice leaves around them."""
+    return [pa.concat_arrays([column]) if column.offset else column for column in batch.columns]
 
 
 def parquet_writer(path: str, schema: pa.Schema) -> pq.ParquetWriter:
@@ -99,7 +247,8 @@ def write_parquet_table(table: pa.Table, path: str) -> str:
     try:
         writer.write_table(table)
     except BaseException:
-        _close_quietly(writer)
+        with contextlib.suppress(*DAMAGE):
+            writer.close()
         raise
     writer.close()
     sync_file(path)
@@ -107,43 +256,124 @@ def write_parquet_table(table: pa.Table, path: str) -> str:
 
 
 @contextlib.contextmanager
-def open_parquet(path: str, schema: pa.Schema, metadata: Any = None) -> Iterator[pq.ParquetFile]:
-    """A Parquet file or fsspec URL whose columns are exactly ``schema``; page checksums are verified on reading.
+def open_parquet(source: Any, schema: pa.Schema, where: str, metadata: Any = None) -> Iterator[pq.ParquetFile]:
+    """A Parquet file (a local path or an open file) whose columns are exactly ``schema``; page checksums are verified
+    on reading.
 
-    Raises :class:`FormatError` for another schema or a damaged file, FileNotFoundError where there is none.
+    Raises :class:`FormatError`, naming ``where``, for another schema or a damaged file, FileNotFoundError where there
+    is none.
     """
-    filesystem, inner = fsspec.core.url_to_fs(path)
     with contextlib.ExitStack() as stack:
         try:
-            source = inner if "file" in filesystem.protocol else stack.enter_context(filesystem.open(inner, "rb"))
             file = stack.enter_context(pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True))
+            found = file.metadata.metadata or {}
+            if b"ARROW:schema" in found:
+                raise FormatError(f"{where}: carries an Arrow schema of its own, which files of a dataset never do")
+            is_expected = plain_schema(file.schema_arrow).equals(schema)
         except FileNotFoundError:
             raise
         except DAMAGE as error:
-            raise FormatError(f"{path}: not a readable Parquet file ({error})") from error
-        if not plain_schema(file.schema_arrow).equals(schema):
-            raise FormatError(f"{path}: expected columns {describe(schema)}; found {describe(file.schema_arrow)}")
+            raise FormatError(f"{where}: not a readable Parquet file ({error})") from error
+        if not is_expected:
+            raise FormatError(f"{where}: expected columns {describe(schema)}; found {describe(file.schema_arrow)}")
         yield file
 
 
-def read_parquet_row_group(path: str, index: int, metadata: Any = None) -> pa.RecordBatch:
-    """One row group of a shard as one record batch; errors as in :func:`open_parquet`."""
-    with open_parquet(path, SHARD_SCHEMA, metadata) as file:
+def read_parquet_table(source: Any, schema: pa.Schema, where: str) -> pa.Table:
+    """A whole small table; errors as in :func:`open_parquet`."""
+    with open_parquet(source, schema, where) as file:
         try:
-            table = file.read_row_group(index, use_threads=False)
+            return file.read()
         except DAMAGE as error:
-            raise FormatError(f"{path}: row group {index} is damaged ({error})") from error
+            raise FormatError(f"{where}: damaged ({error})") from error
+
+
+def parse_parquet_tail(tail: bytes, where: str) -> Any:
+    """The footer in ``tail``, all of a shard after its last row group. Raises :class:`FormatError`."""
+    with open_parquet(pa.BufferReader(tail), SHARD_SCHEMA, where) as file:
+        return file.metadata
+
+
+def decode_parquet(data: bytes, offset: int, footer: Any, index: int, with_users: bool, where: str) -> pa.RecordBatch:
+    """Row group ``index`` of a Parquet shard from its bytes, which lie at ``offset``. Raises :class:`FormatError`."""
+    names = SHARD_SCHEMA.names if with_users else ["items"]
+    window = pa.PythonFile(_Window(data, offset), "r")
+    try:
+        with pq.ParquetFile(window, metadata=footer, page_checksum_verification=True) as file:
+            table = file.read_row_group(index, columns=names, use_threads=False)
+    except DAMAGE as error:
+        raise FormatError(f"{where}: damaged ({error})") from error
     columns = [column.chunk(0) if column.num_chunks == 1 else column.combine_chunks() for column in table.columns]
     return pa.RecordBatch.from_arrays(columns, names=table.column_names)
 
 
-def read_parquet_table(path: str, schema: pa.Schema) -> pa.Table:
-    """A whole small table; errors as in :func:`open_parquet`."""
-    with open_parquet(path, schema) as file:
-        try:
-            return file.read()
-        except DAMAGE as error:
-            raise FormatError(f"{path}: damaged ({error})") from error
+def decode_arrow(data: bytes, where: str) -> pa.RecordBatch:
+    """The one batch of an Arrow IPC stream, without copying it. Raises :class:`FormatError`.
+
+    The schema in the stream is never decoded: the batch is read as ``SHARD_SCHEMA`` or not at all.
+    """
+    try:
+        reader = pa.ipc.MessageReader.open_stream(pa.py_buffer(data))
+        schema, message = reader.read_next_message(), reader.read_next_message()
+        if schema.type != "schema" or message.type != "record batch":
+            raise FormatError(f"{where}: expected a schema and a record batch, found {schema.type} and {message.type}")
+        if _is_compressed(memoryview(message.metadata)):
+            raise FormatError(f"{where}: is compressed; expected a plain record batch")
+        batch = pa.ipc.read_record_batch(message, SHARD_SCHEMA)
+        batch.validate(full=True)
+    except StopIteration:
+        raise FormatError(f"{where}: the Arrow stream ends early") from None
+    except (*DAMAGE, struct.error) as error:
+        raise FormatError(f"{where}: expected a batch of {describe(SHARD_SCHEMA)} ({error})") from error
+    return batch
+
+
+def _is_compressed(message: memoryview) -> bool:
+    """Whether the record batch of an IPC message (a flatbuffer: Message.header.compression) is compressed."""
+
+    def field(table: int, slot: int) -> int:
+        """Where a table's field lies, or 0 where it is absent."""
+        vtable = table - struct.unpack_from("<i", message, table)[0]
+        entry = 4 + 2 * slot
+        if entry >= struct.unpack_from("<H", message, vtable)[0]:
+            return 0
+        place = struct.unpack_from("<H", message, vtable + entry)[0]
+        return table + place if place else 0
+
+    def follow(place: int) -> int:
+        return place + struct.unpack_from("<I", message, place)[0]
+
+    header = field(follow(0), 2)
+    return header == 0 or field(follow(header), 3) != 0
+
+
+class _Window(io.RawIOBase):
+    """A file of which only the bytes from ``offset`` on are there; its end is theirs."""
+
+    def __init__(self, data: bytes, offset: int) -> None:
+        self._data, self._offset, self._end = memoryview(data), offset, offset + len(data)
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._end}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        stop = self._end if size is None or size < 0 else min(self._at + size, self._end)
+        if self._at < self._offset:
+            raise OSError(f"byte {self._at} lies outside the row group")
+        data = bytes(self._data[self._at - self._offset : stop - self._offset])
+        self._at += len(data)
+        return data
 
 
 def plain_schema(schema: pa.Schema) -> pa.Schema:
@@ -161,9 +391,9 @@ def describe(schema: pa.Schema) -> str:
 
 
 def sha256_of(path: str) -> str:
-    """SHA-256 of a file or fsspec URL."""
+    """SHA-256 of a local file."""
     digest = hashlib.sha256()
-    with fsspec.open(path, "rb") as file:
+    with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -190,8 +420,3 @@ def put_in_place(folder: str, output: str, replaced: str) -> None:
             os.rename(replaced, output)
         raise
     sync_file(os.path.dirname(output))
-
-
-def _close_quietly(writer: pq.ParquetWriter) -> None:
-    with contextlib.suppress(OSError, pa.ArrowException):  # the error that brought us here is the one to report
-        writer.close()

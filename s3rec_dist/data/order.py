@@ -6,10 +6,14 @@ positions are shuffled. Global batch ``k`` takes the same count from every strea
 serves the streams ``s`` with ``s % W == r``. So any world size that divides ``streams`` sees the same
 global batches, a run resumes from its step number alone, and every sample is seen once an epoch; the
 last batch is short, and a rank may have no sample in it.
+
+Datasets are mixed by weight: an epoch takes every sample of a part of weight 2 twice, and of a part of
+weight 0.25 a quarter of the samples, the next quarter in the next epoch, so that four epochs take each once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +23,12 @@ from s3rec_dist.hashing import hash64, key_of, uniform_below
 
 MAX_STREAMS = 64
 
-_GROUPS, _WINDOW, _PREFIX = 101, 102, 103  # what a key is for; the stages' reconstruction has keys of 1 and 2
+_GROUPS, _WINDOW, _PREFIX, _MIX = (
+    101,
+    102,
+    103,
+    104,
+)  # what a key is for; the stages' reconstruction has keys of 1 and 2
 
 
 class OrderError(ValueError):
@@ -87,10 +96,11 @@ def _divisors(n: int) -> str:
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """One epoch's order. ``groups[i]`` is the i-th row group read; its samples have the positions
-    ``bounds[i]`` to ``bounds[i+1] - 1``."""
+    """One epoch's order. ``groups[i]`` is the i-th row group read; its samples from number ``starts[i]`` on have the
+    positions ``bounds[i]`` to ``bounds[i+1] - 1``."""
 
     groups: np.ndarray
+    starts: np.ndarray
     bounds: np.ndarray
     streams: int
     batch_size: int
@@ -162,16 +172,40 @@ class EpochOrder:
         return max(self.window // self.per_stream, 1)
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of the datasets that are mixed: how many row groups it has, and how often an epoch takes its samples."""
+
+    groups: int
+    weight: float = 1.0
+
+
 def epoch_order(
-    group_samples: np.ndarray, *, seed: int, epoch: int, streams: int, batch_size: int, window: int
+    group_samples: np.ndarray,
+    *,
+    seed: int,
+    epoch: int,
+    streams: int,
+    batch_size: int,
+    window: int,
+    parts: Sequence[Part] = (),
 ) -> EpochOrder:
-    """The order of an epoch over row groups that yield ``group_samples`` [G] samples each."""
-    shuffle = hash64(np.arange(len(group_samples), dtype=np.int64), key_of(seed, _GROUPS, epoch))
-    groups = np.argsort(shuffle, kind="stable")
-    bounds = np.zeros(len(groups) + 1, dtype=np.int64)
-    np.cumsum(group_samples[groups], out=bounds[1:])
+    """The order of an epoch over row groups that yield ``group_samples`` [G] samples each; they belong to ``parts``,
+    in that order, or all to one of weight 1."""
+    slots = [(np.empty(0, np.int64),) * 3]
+    first = 0
+    for number, part in enumerate(parts or [Part(len(group_samples))]):
+        own = np.arange(first, first + part.groups, dtype=np.int64)
+        slots += _slots_of_part(own, group_samples[own], part.weight, key_of(seed, _MIX, number), epoch)
+        first += part.groups
+    groups, starts, counts = map(np.concatenate, zip(*slots, strict=True))
+    shuffle = hash64(groups, key_of(seed, _GROUPS, epoch))
+    order = np.argsort(shuffle, kind="stable")
+    bounds = np.zeros(len(order) + 1, dtype=np.int64)
+    np.cumsum(counts[order], out=bounds[1:])
     return EpochOrder(
-        groups=groups,
+        groups=groups[order] % _REPEAT,
+        starts=starts[order],
         bounds=bounds,
         streams=streams,
         batch_size=batch_size,
@@ -179,3 +213,29 @@ def epoch_order(
         window_key=key_of(seed, _WINDOW, epoch),
         prefix_key=key_of(seed, _PREFIX, epoch),
     )
+
+
+_REPEAT = 1 << 32
+"""What tells apart the times that an epoch visits a row group, while it is shuffled."""
+
+
+def _slots_of_part(
+    groups: np.ndarray, samples: np.ndarray, weight: float, key: int, epoch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(row groups, first sample, samples) of the visits that an epoch pays to a part: whole passes, then a share that
+    goes on where the epoch before left off."""
+    total = int(samples.sum())
+    taken = round(total * weight)
+    passes, share = divmod(taken, max(total, 1))
+    for number in range(passes):
+        yield groups + number * _REPEAT, np.zeros_like(groups), samples
+    if not share:
+        return
+    turn = np.argsort(hash64(groups, key), kind="stable")
+    ends = np.cumsum(samples[turn])
+    begins = ends - samples[turn]
+    low = epoch * share % total
+    for number, (a, b) in enumerate([(low, min(low + share, total)), (0, low + share - total)], passes):
+        from_, to = np.maximum(begins, a), np.minimum(ends, b)
+        met = np.flatnonzero(to > from_)
+        yield groups[turn[met]] + number * _REPEAT, (from_ - begins)[met], (to - from_)[met]

@@ -41,10 +41,9 @@ from s3rec_dist.data.dataset import (
     MIN_SEQUENCE,
     SAMPLE_END_BITS,
     Manifest,
-    RowGroup,
-    Shard,
+    new_manifest,
 )
-from s3rec_dist.data.formats import SHARD_SCHEMA, put_in_place, sync_file, write_parquet_shards, write_parquet_table
+from s3rec_dist.data.formats import SHARD_SCHEMA, Format, put_in_place, write_shards
 from s3rec_dist.data.sources import LINE_BITS, Columns, RecBole, S3RecPair, Source, SourceError, Table
 
 FETCH_ROWS = 1 << 17
@@ -99,6 +98,8 @@ class PrepareSettings:
     """A malformed row stops the preparation, or is counted and left out."""
     max_bad_rows: int = 1000
     """Bad rows beyond which ``skip`` stops after all."""
+    format: Format = "parquet"
+    """Format of the shards."""
     rows_per_group: int = 4096
     """Users per row group, the unit that training reads."""
     groups_per_shard: int = 64
@@ -144,7 +145,6 @@ def prepare(settings: PrepareSettings, progress: Progress = lambda line: None) -
         with _output_folder(settings.output, settings.overwrite, progress) as (folder, work):
             with _Database(settings, work) as database:
                 manifest = _build(settings, source, database, folder, progress)
-            _write_manifest(manifest, folder)
         return manifest
     except SourceError as error:
         raise PrepareError(str(error)) from error
@@ -255,21 +255,26 @@ def _build(settings: PrepareSettings, source: Source, database: _Database, folde
     facts["bad_rows"], facts["bad_row_examples"] = bad.count, bad.examples
     _filter(settings, database, facts, progress)
     items = _number_items(settings, database, facts)
-    attributes = _number_attributes(settings, database, facts)
-    files = {
-        "attributes.parquet": _write_attributes(database, folder),
-        "items.parquet": _write_items(database, items, folder),
-    }
+    _number_attributes(settings, database, facts)
     progress("writing sequences, in order of user and time")
-    shards, interactions = _write_sequences(settings, database, folder)
-    return Manifest(
+    events = database.stream(
+        "SELECT events.u, CAST(items.id AS INTEGER) AS item FROM events JOIN items ON items.i = events.i "
+        "ORDER BY events.u, events.t, events.position"
+    )
+    users = database.stream("SELECT raw FROM users WHERE u IN (SELECT u FROM events) ORDER BY u")
+    shards = write_shards(
+        fold(events, users, settings.rows_per_group),
+        os.path.join(folder, "shards"),
+        settings.groups_per_shard,
+        settings.format,
+    )
+    return new_manifest(
+        folder,
         name=settings.name or _default_name(settings),
-        users=sum(shard.rows for shard in shards),
-        items=items,
-        attributes=attributes,
-        interactions=interactions,
+        format=settings.format,
         shards=shards,
-        files=files,
+        items=_items_table(database, items),
+        attributes=_table(database.stream("SELECT id, field, raw FROM attributes ORDER BY id"), ATTRIBUTES_SCHEMA),
         preparation={"settings": _shaping_settings(settings), **facts},
         created_with=f"s3rec_dist {__version__}",
     )
@@ -535,12 +540,7 @@ def _number_attributes(settings: PrepareSettings, database: _Database, facts: di
     return database.number("SELECT max(id) FROM attributes")
 
 
-def _write_attributes(database: _Database, folder: str) -> str:
-    table = _table(database.stream("SELECT id, field, raw FROM attributes ORDER BY id"), ATTRIBUTES_SCHEMA)
-    return write_parquet_table(table, os.path.join(folder, "attributes.parquet"))
-
-
-def _write_items(database: _Database, items: int, folder: str) -> str:
+def _items_table(database: _Database, items: int) -> pa.Table:
     pairs = _table(
         database.stream("SELECT item, attribute FROM item_attributes ORDER BY item, attribute"),
         pa.schema([("item", pa.int32()), ("attribute", pa.int32())]),
@@ -551,38 +551,12 @@ def _write_items(database: _Database, items: int, folder: str) -> str:
         database.stream("SELECT id, raw, n FROM items ORDER BY id"),
         pa.schema([("id", pa.int32()), ("raw", pa.string()), ("n", pa.int64())]),
     )
-    table = pa.Table.from_arrays([*catalogue.columns, lists], schema=ITEMS_SCHEMA)
-    return write_parquet_table(table, os.path.join(folder, "items.parquet"))
+    return pa.Table.from_arrays([*catalogue.columns, lists], schema=ITEMS_SCHEMA)
 
 
 def _table(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
     pieces = [pa.Table.from_batches([batch]).cast(schema) for batch in batches]
     return pa.concat_tables(pieces) if pieces else schema.empty_table()
-
-
-def _write_sequences(settings: PrepareSettings, database: _Database, folder: str) -> tuple[tuple[Shard, ...], int]:
-    """Shards of users in order of first appearance; returns them and the count of interactions."""
-    events = database.stream(
-        "SELECT events.u, CAST(items.id AS INTEGER) AS item FROM events JOIN items ON items.i = events.i "
-        "ORDER BY events.u, events.t, events.position"
-    )
-    users = database.stream("SELECT raw FROM users WHERE u IN (SELECT u FROM events) ORDER BY u")
-    written = write_parquet_shards(
-        fold(events, users, settings.rows_per_group), os.path.join(folder, "shards"), settings.groups_per_shard
-    )
-    shards = tuple(
-        Shard(
-            path=f"shards/{shard.name}",
-            rows=shard.rows,
-            sha256=shard.sha256,
-            row_groups=tuple(RowGroup(sum(rows for _, rows in counts), counts) for counts in shard.row_groups),
-        )
-        for shard in written
-    )
-    interactions = sum(
-        length * rows for shard in shards for group in shard.row_groups for length, rows in group.length_counts
-    )
-    return shards, interactions
 
 
 def fold(events: Iterator[pa.RecordBatch], users: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
@@ -642,7 +616,7 @@ def _default_name(settings: PrepareSettings) -> str:
 def _shaping_settings(settings: PrepareSettings) -> dict[str, Any]:
     """The settings that decide what the dataset holds; of paths only the last part, so that folders do not matter."""
     shaping = dataclasses.asdict(settings)
-    for name in ("output", "name", "memory_limit", "threads", "overwrite"):
+    for name in ("output", "name", "format", "memory_limit", "threads", "overwrite"):
         del shaping[name]
     for name in ("input", "attributes"):
         shaping[name] = os.path.basename(shaping[name].rstrip("/"))
@@ -672,14 +646,6 @@ def _output_folder(output: str, overwrite: bool, progress: Progress) -> Iterator
         put_in_place(folder, output, os.path.join(partial, "replaced"))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_manifest(manifest: Manifest, folder: str) -> None:
-    path = os.path.join(folder, "manifest.json")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-    for name in (path, os.path.join(folder, "shards"), folder):
-        sync_file(name)
 
 
 def _explain(error: Exception, settings: PrepareSettings) -> PrepareError:
@@ -756,6 +722,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(group, "on_bad_row", "stop at a malformed row, or count it and go on", choices=("error", "skip"))
     option(group, "max_bad_rows", "bad rows beyond which skip stops too", type=int, metavar="N")
     group = parser.add_argument_group("shards and resources")
+    option(
+        group,
+        "format",
+        "of the shards: parquet, or plain tars that the webdataset library reads",
+        choices=("parquet", "webdataset"),
+    )
     option(group, "rows_per_group", "users per row group", type=int, metavar="N")
     option(group, "groups_per_shard", "row groups per shard file", type=int, metavar="N")
     option(group, "memory_limit", "DuckDB's memory; it spills beside the output beyond it", metavar="SIZE")

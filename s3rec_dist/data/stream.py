@@ -5,14 +5,14 @@
         ...
 
 Its only state is the step number. Batches are packed many at a time, so that one batch is a slice of
-tensors that are already there.
+tensors that are already there. From remote storage the row groups of such a chunk are read side by side.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Lock
@@ -21,10 +21,13 @@ import numpy as np
 import torch
 
 from s3rec_dist.data.dataset import SAMPLE_END_BITS, Dataset
-from s3rec_dist.data.order import EpochOrder, SampleSpec, check_world, choose_streams, epoch_order
+from s3rec_dist.data.order import EpochOrder, Part, SampleSpec, check_world, choose_streams, epoch_order
 
 CHUNK_SAMPLES = 16384
 """Samples packed in one go, at least one batch."""
+
+READS = 32
+"""Row groups read from remote storage at a time."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class PackedSequences:
 class Stream:
     """This rank's part of every global batch, in order. See the module's docstring.
 
+    ``mix`` are further datasets with their weights, of the same catalogue; ``dataset`` has weight 1, and rows of the
+    others are numbered on from its last. At most ``prefetch_bytes`` of packed batches wait to be used, and as many
+    bytes are read from remote storage at a time; ``cache_bytes`` of decoded row groups are kept.
+
     Raises :class:`~s3rec_dist.data.order.OrderError` where streams, batch size and world size do not fit.
     """
 
@@ -81,27 +88,29 @@ class Stream:
         world_size: int = 1,
         shuffle_window: int = 8192,
         prefetch_threads: int = 2,
+        prefetch_bytes: int = 16 << 20,
         cache_bytes: int = 256 << 20,
+        mix: Sequence[tuple[Dataset, float]] = (),
     ) -> None:
         self.dataset, self.spec = dataset, spec
         self.batch_size, self.seed = batch_size, seed
         self.streams = choose_streams(batch_size, streams)
         check_world(self.streams, world_size)
         self.rank, self.world_size, self.shuffle_window = rank, world_size, shuffle_window
-        counts = [
-            spec.counts(np.array([length for length, _ in group.length_counts], dtype=np.int64))
-            @ np.array([rows for _, rows in group.length_counts], dtype=np.int64)
-            for _, _, _, group in dataset.row_groups
-        ]
-        self._group_samples = np.array(counts, dtype=np.int64)
-        self._groups = _GroupCache(dataset, spec, cache_bytes)
-        self._threads = prefetch_threads
+        datasets = [dataset, *(other for other, _ in mix)]
+        self._parts = [Part(len(d.index), w) for d, w in zip(datasets, [1.0, *(w for _, w in mix)], strict=True)]
+        counts = [d.index.per_group(spec.counts(d.index.lengths.astype(np.int64)) * d.index.counts) for d in datasets]
+        self._group_samples = np.concatenate(counts).astype(np.int64)
+        self._groups = _GroupCache(datasets, spec, cache_bytes, prefetch_bytes)
+        self._chunk_steps = max(CHUNK_SAMPLES * world_size // batch_size, 1)
+        largest = self._chunk_steps * batch_size // world_size * (4 * spec.max_items + 16)
+        self._depth = max(prefetch_bytes // largest, 1)
         self._pool = ThreadPoolExecutor(prefetch_threads, thread_name_prefix="s3rec-stream")
 
     @property
     def samples_per_epoch(self) -> int:
         """Samples of one epoch over all ranks."""
-        return int(self._group_samples.sum())
+        return self.order(0).samples
 
     @property
     def steps_per_epoch(self) -> int:
@@ -117,18 +126,18 @@ class Stream:
             streams=self.streams,
             batch_size=self.batch_size,
             window=self.shuffle_window,
+            parts=self._parts,
         )
 
     def iterate(self, epoch: int, start_step: int = 0) -> Iterator[PackedSequences]:
         """This rank's part of batches ``start_step``, ``start_step + 1``, ... to the end of the epoch."""
         order = self.order(epoch)
-        chunk_steps = max(CHUNK_SAMPLES * self.world_size // self.batch_size, 1)
         pending: deque[Future[list[PackedSequences]]] = deque()
         step = start_step
         try:
             while pending or step < order.steps:
-                while step < order.steps and len(pending) <= self._threads:
-                    last = min(step + chunk_steps, order.window_end(step))
+                while step < order.steps and len(pending) < self._depth:
+                    last = min(step + self._chunk_steps, order.window_end(step))
                     pending.append(self._pool.submit(self._pack, order, step, last))
                     step = last
                 yield from pending.popleft().result()
@@ -139,6 +148,7 @@ class Stream:
     def close(self) -> None:
         """Stops the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._groups.close()
 
     def _pack(self, order: EpochOrder, first: int, last: int) -> list[PackedSequences]:
         positions, batch_offsets = order.batch_positions(first, last, self.rank, self.world_size)
@@ -146,16 +156,23 @@ class Stream:
         by_slot = np.argsort(slots, kind="stable")
         sorted_slots = slots[by_slot]
         starts = np.flatnonzero(np.diff(sorted_slots, prepend=-1))
-        pieces, lengths, ids = [], [], []
-        for start, stop in itertools.pairwise([*starts, len(by_slot)]):
-            slot = sorted_slots[start]
-            group = self._groups.get(int(order.groups[slot]))
-            offsets = positions[by_slot[start:stop]] - order.bounds[slot]
+        visited = sorted_slots[starts]
+        groups = self._groups.get(order.groups[visited].tolist())
+        pieces, lengths, ids, gone = [], [], [], []
+        for slot, group, start, stop in zip(visited, groups, starts, [*starts[1:], len(by_slot)], strict=True):
+            if not len(group.ends):  # a damaged shard that may be left out
+                gone.append(by_slot[start:stop])
+                continue
+            offsets = order.starts[slot] + positions[by_slot[start:stop]] - order.bounds[slot]
             piece, piece_lengths, piece_ids = group.samples(offsets, order.prefix_key)
             pieces.append(piece)
             lengths.append(piece_lengths)
             ids.append(piece_ids)
-        self._groups.trim()
+        if gone:
+            kept = np.ones(len(positions), dtype=bool)
+            kept[np.concatenate(gone)] = False
+            batch_offsets = np.concatenate([[0], np.cumsum(kept)])[batch_offsets]
+            by_slot = (np.cumsum(kept) - 1)[by_slot[kept[by_slot]]]
         if not pieces:
             empty = torch.zeros(0, dtype=torch.int32)
             none = PackedSequences(empty, torch.zeros(1, dtype=torch.int32), empty.long(), 0)
@@ -180,17 +197,17 @@ class Stream:
 class _Group:
     """A decoded row group, cut to the items that samples can use."""
 
-    def __init__(self, dataset: Dataset, spec: SampleSpec, index: int) -> None:
-        sequences = dataset.read_row_group(index)
+    def __init__(self, dataset: Dataset, spec: SampleSpec, index: int, rows_before: int) -> None:
+        sequences = dataset.read_row_group(index, with_users=False)
         lengths = np.diff(sequences.offsets)
-        self.spec, self.first_row = spec, sequences.first_row
+        self.spec, self.first_row = spec, sequences.first_row + rows_before
         self.windows = spec.windows(lengths)
         starts = sequences.offsets[1:] - spec.holdout - self.windows
         self.values = _ragged_take(sequences.values, starts, self.windows)
         self.offsets = np.cumsum(self.windows) - self.windows
         self.ends = np.cumsum(spec.counts(lengths))
         self.skipped = np.maximum(lengths - spec.holdout, 0) - self.windows
-        self.bytes = self.values.nbytes + 4 * self.ends.nbytes
+        self.size = self.values.nbytes + 4 * self.ends.nbytes
 
     def samples(self, offsets: np.ndarray, key: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Items laid end to end, lengths and sample ids of the group's samples number ``offsets``."""
@@ -202,29 +219,72 @@ class _Group:
 
 
 class _GroupCache:
-    """Decoded row groups, least recently used ones dropped above a byte limit. Safe between threads."""
+    """Decoded row groups of all datasets, least recently used ones dropped above a byte limit. Safe between threads."""
 
-    def __init__(self, dataset: Dataset, spec: SampleSpec, limit: int) -> None:
-        self._dataset, self._spec, self._limit = dataset, spec, limit
-        self._groups: OrderedDict[int, _Group] = OrderedDict()
+    def __init__(self, datasets: Sequence[Dataset], spec: SampleSpec, limit: int, ahead: int) -> None:
+        self._spec, self._limit, self._ahead = spec, limit, ahead
+        self._owners: list[tuple[Dataset, int, int]] = []  # dataset, row group in it, rows before the dataset
+        rows = 0
+        for dataset in datasets:
+            self._owners += [(dataset, index, rows) for index in range(len(dataset.index))]
+            rows += dataset.n_rows
+        self._groups: OrderedDict[int, Future[_Group]] = OrderedDict()
+        self._used = 0
         self._lock = Lock()
+        is_remote = any(dataset.storage.local(dataset.path) is None for dataset in datasets)
+        self._pool = ThreadPoolExecutor(READS, thread_name_prefix="s3rec-read") if is_remote else None
 
-    def get(self, index: int) -> _Group:
+    def get(self, indices: Sequence[int]) -> list[_Group]:
+        """These row groups; afterwards the least recently used ones are dropped."""
+        if self._pool is None:
+            groups = [self._get(index) for index in indices]
+        else:
+            groups = [group for some in self._affordable(indices) for group in self._pool.map(self._get, some)]
         with self._lock:
-            if index in self._groups:
+            while self._used > self._limit and self._groups and next(iter(self._groups.values())).done():
+                self._used -= self._groups.popitem(last=False)[1].result().size
+        return groups
+
+    def _get(self, index: int) -> _Group:
+        with self._lock:
+            found = self._groups.get(index)
+            if found is not None:
                 self._groups.move_to_end(index)
-                return self._groups[index]
-        group = _Group(self._dataset, self._spec, index)
+            else:
+                own = self._groups[index] = Future()
+        if found is not None:
+            return found.result()
+        try:
+            dataset, inner, rows = self._owners[index]
+            group = _Group(dataset, self._spec, inner, rows)
+        except BaseException as error:
+            with self._lock:
+                del self._groups[index]
+            own.set_exception(error)
+            raise
         with self._lock:
-            self._groups[index] = group
+            self._used += group.size
+        own.set_result(group)
         return group
 
-    def trim(self) -> None:
-        """Drops groups until the limit holds; called between chunks, so that a chunk's own groups stay."""
-        with self._lock:
-            used = sum(group.bytes for group in self._groups.values())
-            while used > self._limit and self._groups:
-                used -= self._groups.popitem(last=False)[1].bytes
+    def _affordable(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        """The row groups in turns of at most ``ahead`` bytes, or one."""
+        turn: list[int] = []
+        size = 0
+        for index in indices:
+            dataset, inner, _ = self._owners[index]
+            more = int(dataset.index.size[inner])
+            if turn and size + more > self._ahead:
+                yield turn
+                turn, size = [], 0
+            turn.append(index)
+            size += more
+        yield turn
+
+    def close(self) -> None:
+        """Stops the reading threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _ragged_take(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -284,7 +284,7 @@ def _chosen_of_run(folder: Path) -> Path:
 
 def catalogue_of(dataset: Dataset) -> str:
     """A name for what each item id means."""
-    return dataset.manifest.files["items.parquet"]
+    return dataset.manifest.catalogue
 
 
 def check_catalogue(metadata: Mapping[str, Any], dataset: Dataset) -> None:

@@ -1,0 +1,434 @@
+"""Every read and write of datasets, runs and exports: local folders and any fsspec URL, under one set of rules.
+
+    storage = Storage()                                   # or Storage(config.storage)
+    manifest = storage.read("s3://bucket/data/manifest.json")
+    group = storage.read_range(url, offset, size)
+
+Requests to remote storage are retried a bounded number of times, with back-off and jitter; what fails in the end
+names the URL. Unknown protocols, chained URLs (``::``) and URLs that carry credentials are refused, so that no
+setting, manifest, log or error can give a secret away: credentials come from the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import fsspec
+
+from s3rec_dist.config import StorageConfig, load_config
+
+Result = TypeVar("Result")
+
+UPLOADS = 8
+"""Files written to remote storage at a time."""
+
+_ALIASES = {"local": "file", "gcs": "gs", "s3a": "s3", "s3n": "s3"}
+_EXTRAS = {"s3": "s3", "gs": "gs", "hf": "hf"}
+"""Protocols whose package an extra of ours installs."""
+_PERMANENT = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+"""Errors that trying again does not mend."""
+_FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0
+_BLOCK = 16 << 20
+_SECRET_NAMES = re.compile("SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|_KEY$|ACCESS_KEY", re.IGNORECASE)
+_SIGNED = re.compile(r"[?&](x-amz-|signature|sig|token|access_?key|awsaccesskeyid|credential)", re.IGNORECASE)
+
+
+class StorageError(ValueError):
+    """Storage that may not be used or does not answer; the message names the URL."""
+
+
+class DamagedFile(StorageError):
+    """A file that is shorter than it should be, or whose bytes are not those that were written."""
+
+
+class Storage:
+    """Access to storage under the settings of ``config``. Safe between threads."""
+
+    def __init__(self, config: StorageConfig | None = None) -> None:
+        self.config = config or StorageConfig()
+        self._cache = RangeCache(self.config.cache_dir, self.config.cache_mb << 20) if self.config.cache_dir else None
+
+    def local(self, url: str) -> str | None:
+        """The local path behind ``url``, or None where it lies elsewhere. Raises :class:`StorageError` where ``url``
+        may not be used."""
+        protocol, path = self._checked(url)
+        return path if protocol == "file" else None
+
+    def read(self, url: str) -> bytes:
+        """A whole small file. Raises FileNotFoundError, or :class:`StorageError`."""
+        if (path := self.local(url)) is not None:
+            with open(path, "rb") as file:
+                return file.read()
+        return b"".join(self._blocks(url))
+
+    def _blocks(self, url: str) -> Iterator[bytes]:
+        size = self.size(url)
+        for offset in range(0, size, _BLOCK):
+            yield self.read_range(url, offset, min(_BLOCK, size - offset))
+
+    def read_range(self, url: str, offset: int, size: int) -> bytes:
+        """``size`` bytes from ``offset``. Raises FileNotFoundError, :class:`DamagedFile` where there are fewer, or
+        :class:`StorageError`."""
+        if (path := self.local(url)) is not None:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+            if len(data) != size:
+                raise DamagedFile(f"{url}: ends after {offset + len(data):,} bytes, expected {offset + size:,}")
+            return data
+        filesystem, path = self._remote(url)
+
+        def fetch() -> bytes:
+            data = self._call(filesystem, "cat_file", path, start=offset, end=offset + size)
+            if len(data) != size:
+                raise _ShortRead(f"{len(data):,} bytes came, expected {size:,}")
+            return data
+
+        try:
+            return self._retry(url, fetch)
+        except StorageError:
+            with contextlib.suppress(Exception):
+                if (whole := self.size(url)) < offset + size:
+                    raise DamagedFile(f"{url}: has {whole:,} bytes, expected {offset + size:,} or more") from None
+            raise
+
+    def read_checked(self, url: str, offset: int, size: int, sha256: bytes) -> bytes:
+        """As :meth:`read_range`, from the local cache where it is there, and only if its SHA-256 is ``sha256``.
+
+        Raises :class:`DamagedFile` where it is not.
+        """
+        is_remote = self.local(url) is None
+        if is_remote and self._cache is not None:
+            data = self._cache.get(sha256)
+            if data is not None:
+                return data
+        for _ in range(1 + is_remote):  # bytes that the network spoilt are right the second time
+            data = self.read_range(url, offset, size)
+            if hashlib.sha256(data).digest() == sha256:
+                if is_remote and self._cache is not None:
+                    self._cache.put(sha256, data)
+                return data
+        raise DamagedFile(
+            f"{url}: bytes {offset:,} to {offset + size:,} have another SHA-256 than the manifest says; the file has "
+            "changed since it was written"
+        )
+
+    def sha256(self, url: str) -> str:
+        """SHA-256 of a file, read in blocks."""
+        digest = hashlib.sha256()
+        if self.local(url) is not None:
+            with self.open(url) as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            return digest.hexdigest()
+        for block in self._blocks(url):
+            digest.update(block)
+        return digest.hexdigest()
+
+    def size(self, url: str) -> int:
+        """Bytes of a file."""
+        if (path := self.local(url)) is not None:
+            return os.stat(path).st_size
+        filesystem, path = self._remote(url)
+        return int(self._retry(url, lambda: self._call(filesystem, "info", path))["size"])
+
+    def exists(self, url: str) -> bool:
+        """Whether there is a file or a folder."""
+        if (path := self.local(url)) is not None:
+            return os.path.exists(path)
+        filesystem, path = self._remote(url)
+        filesystem.invalidate_cache()
+        return bool(self._retry(url, lambda: filesystem.exists(path)))
+
+    def is_folder(self, url: str) -> bool:
+        """Whether there is a folder, or on an object store anything below."""
+        if (path := self.local(url)) is not None:
+            return os.path.isdir(path)
+        filesystem, path = self._remote(url)
+        filesystem.invalidate_cache()
+        return bool(self._retry(url, lambda: filesystem.isdir(path)))
+
+    def names(self, url: str) -> list[str]:
+        """Names in a folder, sorted; none where it does not exist."""
+        if (path := self.local(url)) is not None:
+            return sorted(os.listdir(path)) if os.path.isdir(path) else []
+        filesystem, path = self._remote(url)
+        filesystem.invalidate_cache()
+        try:
+            found = self._retry(url, lambda: filesystem.ls(path, detail=False))
+        except FileNotFoundError:
+            return []
+        return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in found if name.rstrip("/") != path.rstrip("/")})
+
+    def glob(self, pattern: str) -> list[str]:
+        """URLs or paths that match a pattern, sorted."""
+        if (path := self.local(pattern)) is not None:
+            import glob
+
+            return sorted(glob.glob(path))
+        filesystem, path = self._remote(pattern)
+        found = self._retry(pattern, lambda: filesystem.glob(path))
+        return sorted(filesystem.unstrip_protocol(name) for name in found)
+
+    @contextlib.contextmanager
+    def open(self, url: str, compression: str | None = None) -> Iterator[Any]:
+        """A binary file to read from start to end; ``compression`` as in fsspec."""
+        if (path := self.local(url)) is not None:
+            with fsspec.open(path, "rb", compression=compression) as file:
+                yield file
+            return
+        filesystem, path = self._remote(url)
+        opened = fsspec.core.OpenFile(filesystem, path, "rb", compression=_compression(path, compression))
+        file = self._retry(url, opened.open)
+        with file:
+            yield file
+
+    def write(self, url: str, data: bytes) -> None:
+        """Writes a small file, whole or not at all; locally it is on disk when this returns."""
+        if (path := self.local(url)) is not None:
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            draft = f"{path}.{os.getpid()}.draft"
+            try:
+                with open(draft, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(draft, path)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(draft)
+            return
+        filesystem, path = self._remote(url)
+        self._retry(url, lambda: self._call(filesystem, "pipe_file", path, data))
+
+    def upload(self, path: str, url: str) -> None:
+        """Copies a local file to ``url`` and compares the size of what arrived."""
+        if (target := self.local(url)) is not None:
+            os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
+            shutil.copyfile(path, target)
+            return
+        filesystem, target = self._remote(url)
+        size = os.stat(path).st_size
+
+        def put() -> None:
+            filesystem.put_file(path, target)
+            filesystem.invalidate_cache(filesystem._parent(target))
+            if (arrived := self._call(filesystem, "info", target)["size"]) != size:
+                raise _ShortRead(f"{arrived:,} bytes arrived, {size:,} were sent")
+
+        self._retry(url, put)
+
+    def download(self, url: str, path: str) -> None:
+        """Copies a file to a local path, whole or not at all."""
+        with self.open(url) as source, open(f"{path}.partial", "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        os.replace(f"{path}.partial", path)
+
+    def publish(self, folder: str, url: str, last: str = "manifest.json") -> None:
+        """Copies a local folder to ``url``, the file ``last`` after all others: until it is there, nobody sees them."""
+        files = [
+            os.path.relpath(os.path.join(where, name), folder).replace(os.sep, "/")
+            for where, _, names in os.walk(folder)
+            for name in names
+        ]
+        with ThreadPoolExecutor(UPLOADS, thread_name_prefix="s3rec-upload") as pool:
+            uploads = [
+                pool.submit(self.upload, os.path.join(folder, name), f"{url}/{name}")
+                for name in sorted(files)
+                if name != last
+            ]
+            for upload in uploads:
+                upload.result()
+        if last in files:
+            self.upload(os.path.join(folder, last), f"{url}/{last}")
+
+    def remove(self, url: str) -> None:
+        """Removes a file or a folder with all that is in it; nothing where it does not exist."""
+        if (path := self.local(url)) is not None:
+            if os.path.isdir(path):
+                shutil.rmtree(path)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            return
+        filesystem, path = self._remote(url)
+        filesystem.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError):
+            self._retry(url, lambda: filesystem.rm(path, recursive=True))
+
+    def _checked(self, url: str) -> tuple[str, str]:
+        """(protocol, local path or the whole URL); raises :class:`StorageError` where the rules forbid it."""
+        if "::" in url and not self.config.chained_urls:
+            raise StorageError(f"{hide(url)}: chained URLs are refused; allow them with storage.chained_urls=true")
+        if url.startswith(("pipe:", "data:")):
+            raise StorageError(
+                f"{url.split(':')[0]}: is not a storage; expected a path or a URL such as s3://bucket/data"
+            )
+        protocol, separator, rest = url.partition("://")
+        if not separator:
+            return "file", url
+        protocol = _ALIASES.get(protocol, protocol)
+        if "::" not in url and protocol not in self.config.protocols:
+            raise StorageError(
+                f"{hide(url)}: protocol {protocol!r} is not allowed; those are {', '.join(self.config.protocols)}, "
+                "name others in storage.protocols"
+            )
+        if "@" in rest.split("/")[0] or _SIGNED.search(rest):
+            raise StorageError(
+                f"{hide(url)}: the URL carries credentials; take them out and give them through the environment"
+            )
+        return protocol, rest if protocol == "file" else url
+
+    def _remote(self, url: str) -> tuple[Any, str]:
+        try:
+            filesystem, path = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            protocol = self._checked(url)[0]
+            extra = f"pip install 's3rec-dist[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else "install its package"
+            raise StorageError(f"{url}: needs a package that is not installed ({error}); {extra}") from error
+        except ValueError as error:
+            raise StorageError(f"{hide(url)}: {hide(str(error))}") from None
+        return filesystem, path
+
+    def _call(self, filesystem: Any, method: str, *args: Any, **options: Any) -> Any:
+        """A method of a file system, bounded in time where it is asynchronous inside."""
+        if filesystem.async_impl:
+            call = getattr(filesystem, f"_{method}")
+            return fsspec.asyn.sync(filesystem.loop, call, *args, timeout=self.config.timeout_s, **options)
+        return getattr(filesystem, method)(*args, **options)
+
+    def _retry(self, url: str, call: Callable[[], Result]) -> Result:
+        """``call()``, again after a wait while it fails in ways that may pass."""
+        wait = _FIRST_WAIT
+        for attempt in range(self.config.retries + 1):
+            try:
+                return call()
+            except _PERMANENT as error:
+                raise type(error)(error.errno, hide(error.strerror or str(error)), url) from None
+            except Exception as error:  # what may be raised differs from storage to storage
+                reason = hide(f"{type(error).__name__}: {error}".rstrip(": "))
+            if attempt < self.config.retries:
+                time.sleep(wait * random.uniform(0.5, 1.5))
+                wait = min(2 * wait, _LONGEST_WAIT)
+        raise StorageError(f"{url}: failed {self.config.retries + 1} times, the last time with {reason}")
+
+
+class _ShortRead(OSError):
+    """Fewer bytes than asked for."""
+
+
+class RangeCache:
+    """Byte ranges in a local folder, by SHA-256, least recently used ones dropped beyond ``limit`` bytes.
+
+    Processes of a host may share it. A range is written beside its place and renamed, so a crash leaves no half of
+    one under its name; what was damaged is noticed by its hash and fetched again. Sizes are counted in a file that
+    is changed under a lock.
+    """
+
+    def __init__(self, folder: str, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        os.makedirs(folder, exist_ok=True)
+
+    def get(self, sha256: bytes) -> bytes | None:
+        """The bytes with this hash, or None."""
+        path = self._path(sha256)
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+            os.utime(path)  # now the most recently used
+        except FileNotFoundError:
+            return None
+        if hashlib.sha256(data).digest() == sha256:
+            return data
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        return None
+
+    def put(self, sha256: bytes, data: bytes) -> None:
+        """Keeps ``data``, making room for it first; does nothing where it is larger than the limit or the disk full."""
+        path = self._path(sha256)
+        if len(data) > self.limit or os.path.exists(path):
+            return
+        with contextlib.suppress(OSError), self._locked() as counter:  # a cache that cannot be written is no error
+            used = int(counter.read() or 0)
+            if used + len(data) > self.limit:
+                used = self._make_room(self.limit - len(data))
+            counter.seek(0)
+            counter.truncate()
+            counter.write(str(used + len(data)))  # before the file: a crash between counts too much, never too little
+            counter.flush()
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            draft = f"{path}.{os.getpid()}.partial"
+            with open(draft, "wb") as file:
+                file.write(data)
+            os.replace(draft, path)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[Any]:
+        import fcntl
+
+        with open(os.path.join(self.folder, "bytes"), "a+", encoding="ascii") as counter:
+            fcntl.flock(counter, fcntl.LOCK_EX)
+            counter.seek(0)
+            yield counter
+
+    def _make_room(self, wanted: int) -> int:
+        """Drops what was used least recently until at most 9/10 of ``wanted`` bytes are left; returns what is left."""
+        found = []
+        for entry in (e for folder in os.scandir(self.folder) if folder.is_dir() for e in os.scandir(folder)):
+            if entry.name.endswith(".partial"):  # left by a crash: writing happens under the lock that we hold
+                os.unlink(entry)
+            else:
+                status = entry.stat()
+                found.append((status.st_mtime_ns, status.st_size, entry.path))
+        used = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if used <= wanted * 9 // 10:
+                break
+            os.unlink(path)
+            used -= size
+        return used
+
+    def _path(self, sha256: bytes) -> str:
+        name = sha256.hex()
+        return os.path.join(self.folder, name[:2], name)
+
+
+def hide(text: str) -> str:
+    """``text`` without what may be a secret: user information and signatures in URLs, values of secret variables."""
+    text = re.sub(r"://[^/\s@]+@", "://***@", text)
+    text = re.sub(r"([?&][^=&\s]+)=[^&\s]+", r"\1=***", text)
+    for name, value in os.environ.items():
+        if len(value) >= 8 and _SECRET_NAMES.search(name):
+            text = text.replace(value, "***")
+    return text
+
+
+def add_storage_argument(parser: argparse.ArgumentParser) -> None:
+    """``--storage key=value ...``: the settings of :class:`~s3rec_dist.config.StorageConfig`."""
+    parser.add_argument(
+        "--storage",
+        nargs="+",
+        default=[],
+        metavar="key=value",
+        help="storage settings, as in cache_dir=/tmp/cache retries=12; 's3rec pretrain --print-config' lists them",
+    )
+
+
+def storage_of(args: argparse.Namespace) -> Storage:
+    """The storage that ``--storage`` asks for."""
+    return Storage(load_config(None, [f"storage.{setting}" for setting in args.storage]).storage)
+
+
+def _compression(path: str, compression: str | None) -> str | None:
+    return fsspec.core.get_compression(path, compression)
