@@ -159,6 +159,17 @@ COMMANDS = {
         example="s3rec bench pretrain --dataset data/beauty",
         build=_defined_in("s3rec_dist.bench"),
     ),
+    "synth": Command(
+        summary="make a synthetic event log of any size with a known structure",
+        description="""
+            Writes events and an item catalogue with planted structure (Zipf popularity, first-order transitions, tags
+            that tell about rare items), as Parquet that prepare reads. Equal settings give equal bytes. What a perfect
+            model scores is written down in s3rec_dist/data/synth.py.""",
+        example="""
+            s3rec synth --events 50_000_000 --output lake
+            s3rec synth --events 200_000 --items 5_000 --users 20_000 --seed 7 --output small""",
+        build=_defined_in("s3rec_dist.data.synth"),
+    ),
 }
 
 

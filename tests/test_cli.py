@@ -25,6 +25,7 @@ MODULES = {
     "export": "s3rec_dist.export",
     "import": "s3rec_dist.export",
     "bench": "s3rec_dist.bench",
+    "synth": "s3rec_dist.data.synth",
 }
 
 
@@ -62,7 +63,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
 
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert list(cli.COMMANDS) == [
-        "prepare", "pretrain", "finetune", "evaluate", "recommend", "export", "import", "bench",
+        "prepare", "pretrain", "finetune", "evaluate", "recommend", "export", "import", "bench", "synth",
     ]  # fmt: skip
 
 
