@@ -25,28 +25,55 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """A further dataset that is streamed together with ``data.path``."""
+
+    path: str
+    """Dataset with the same items (a path or fsspec URL)."""
+    weight: float = 1.0
+    """How often an epoch takes each of its samples; 0.25 takes a quarter of them, the next epoch the next quarter."""
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ConfigError(f"data.mix: weight={self.weight} of {self.path}: expected more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which dataset is streamed, and how."""
 
     path: str = ""
     """Dataset folder written by ``s3rec prepare`` (a path or fsspec URL)."""
+    revision: int = 0
+    """Revision of the dataset; 0 is the newest."""
+    mix: tuple[MixConfig, ...] = ()
+    """Further datasets, as in ``[{path: data/older, weight: 0.25}]``; validation is on ``path`` alone."""
     streams: int = 0
     """Parts an epoch is cut into; any world size that divides it sees the same global batches.
     0 takes the largest divisor of the batch size up to 64."""
     shuffle_window: int = 8192
     """Samples of one stream that are shuffled together."""
     prefetch_threads: int = 2
-    """Threads that read and decode row groups ahead of training."""
+    """Threads that read, decode and pack ahead of training."""
+    prefetch_mb: int = 16
+    """Packed batches that may wait to be used, and bytes read from remote storage at a time, in MiB per process."""
     cache_mb: int = 256
     """Decoded row groups kept in memory between epochs, in MiB per process."""
-    verify: bool = True
-    """Check every shard's SHA-256 against the manifest before training."""
+    verify: Literal["size", "hash"] = "size"
+    """What is checked of every shard before training; whatever is read is held against its SHA-256 anyway."""
+    on_bad_shard: Literal["stop", "skip"] = "stop"
+    """A damaged shard stops the run, or what is damaged of it is left out, on all ranks alike."""
+    max_bad_shards: int = 10
+    """Damaged shards beyond which ``skip`` stops too."""
 
     def __post_init__(self) -> None:
+        _at_least("data.revision", self.revision, 0)
         _at_least("data.streams", self.streams, 0)
         _at_least("data.shuffle_window", self.shuffle_window, 1)
         _at_least("data.prefetch_threads", self.prefetch_threads, 1)
+        _at_least("data.prefetch_mb", self.prefetch_mb, 1)
         _at_least("data.cache_mb", self.cache_mb, 0)
+        _at_least("data.max_bad_shards", self.max_bad_shards, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -390,7 +417,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return list(value) if isinstance(value, tuple) else value
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
 
     tree = plain(config)
     assert isinstance(tree, dict)

@@ -70,7 +70,7 @@ def test_no_override_hides_a_mistake_in_the_file(tmp_path: Path) -> None:
         ("pretrain.learning_rate=1", 1.0),
         ("pretrain.adam_betas=[0.8, 0.99]", (0.8, 0.99)),
         ("evaluation.cutoffs=[3]", (3,)),
-        ("data.verify=false", False),
+        ("storage.chained_urls=true", True),
         ("data.path=s3://bucket/a=b", "s3://bucket/a=b"),
         ("tracking.entity=", ""),
     ],
@@ -98,7 +98,8 @@ REFUSED_OVERRIDES = {
     "seed=1.5": r"seed=1\.5: expected int, got float",
     "seed=true": r"seed=True: expected int, got bool",
     "seed=": r"seed='': expected int, got str",
-    "data.verify=1": r"data\.verify=1: expected bool, got int",
+    "storage.chained_urls=1": r"storage\.chained_urls=1: expected bool, got int",
+    "data.verify=full": r"data\.verify='full': expected one of size, hash",
     "data.path=3": r"data\.path=3: expected str, got int",
     "model.hidden_dropout=half": r"model\.hidden_dropout='half': expected float, got str",
     "evaluation.cutoffs=5": r"evaluation\.cutoffs=5: expected a list",
@@ -266,7 +267,7 @@ trees = st.fixed_dictionaries(
     optional={
         "output": st.text(),
         "seed": st.integers(-(2**63), 2**63 - 1),
-        "data": st.fixed_dictionaries({}, optional={"path": st.text(), "verify": st.booleans()}),
+        "data": st.fixed_dictionaries({}, optional={"path": st.text(), "verify": st.sampled_from(["size", "hash"])}),
         "pretrain": stages,
         "finetune": stages,
         "evaluation": st.fixed_dictionaries(

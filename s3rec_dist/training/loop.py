@@ -9,9 +9,12 @@ checkpoint as if it had never stopped, and a step does the same on any number of
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +30,14 @@ from s3rec_dist.data.stream import PackedSequences, Stream
 from s3rec_dist.evaluation import evaluate
 from s3rec_dist.hashing import key_of
 from s3rec_dist.model.s3rec import Losses, S3Rec
+from s3rec_dist.storage import Storage
 from s3rec_dist.training import checkpoint
 from s3rec_dist.training.checkpoint import Checkpoint, CheckpointError
 from s3rec_dist.training.engine import (
     Engine,
     LossSums,
     World,
+    gather,
     heeding_peers,
     learning_rate,
     on_rank_zero,
@@ -68,8 +73,15 @@ def run_finetune(config: Config, *, resume: bool = True) -> Path:
 class Task:
     """What sets one stage apart: its samples, its batches, its loss and what the loss is averaged over."""
 
-    def __init__(self, config: Config, name: StageName, dataset: Dataset, device: torch.device) -> None:
-        self.name, self.config, self.dataset, self.device = name, config, dataset, device
+    def __init__(
+        self,
+        config: Config,
+        name: StageName,
+        dataset: Dataset,
+        device: torch.device,
+        mix: Sequence[tuple[Dataset, float]] = (),
+    ) -> None:
+        self.name, self.config, self.dataset, self.device, self.mix = name, config, dataset, device, mix
         self.stage: StageConfig = config.pretrain if name == "pretrain" else config.finetune
         length = config.model.max_length
         if dataset.n_items <= length + 1:
@@ -83,6 +95,14 @@ class Task:
             self._segment_pool = torch.from_numpy(dataset.segment_pool(holdout)).to(device)
         else:
             self.spec = SampleSpec(self.stage.samples, max_items=length + 1, min_items=2, holdout=HOLDOUT)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """One name for exactly this data: the dataset's, or that of all that are mixed and their weights."""
+        if not self.mix:
+            return self.dataset.fingerprint
+        parts = [(dataset.fingerprint, weight) for dataset, weight in [(self.dataset, 1.0), *self.mix]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def model(self) -> S3Rec:
         """A model with this run's initial weights."""
@@ -104,7 +124,9 @@ class Task:
             world_size=world.size,
             shuffle_window=data.shuffle_window,
             prefetch_threads=data.prefetch_threads,
+            prefetch_bytes=data.prefetch_mb << 20,
             cache_bytes=data.cache_mb << 20,
+            mix=self.mix,
         )
 
     def batch(self, packed: PackedSequences, epoch: int) -> PretrainBatch | FinetuneBatch:
@@ -136,22 +158,39 @@ class Task:
         return len(packed)
 
 
+def open_datasets(config: Config) -> list[Dataset]:
+    """The dataset that is trained on, and those that are mixed in, which must know the same items and attributes."""
+    data, storage = config.data, Storage(config.storage)
+    bad = data.max_bad_shards if data.on_bad_shard == "skip" else 0
+    dataset = Dataset.open(data.path, storage, revision=data.revision, max_bad_shards=bad)
+    others = [Dataset.open(entry.path, storage, max_bad_shards=bad) for entry in data.mix]
+    for other in others:
+        if other.manifest.catalogue != dataset.manifest.catalogue:
+            raise ConfigError(
+                f"data.mix: {other.path} has other items than {dataset.path}; datasets are mixed only where an item "
+                "has the same id in all of them"
+            )
+    return [dataset, *others]
+
+
 def _run(config: Config, name: StageName, resume: bool) -> Path:
     if not config.data.path:
         raise ConfigError("data.path is empty; name the dataset to train on, a folder that 's3rec prepare' wrote")
     world = start(config.engine)
     folder = Path(config.output) / name
     with together():
-        dataset = Dataset.open(config.data.path)
-    if config.data.verify:
-        on_rank_zero(dataset.verify)
+        dataset, *others = open_datasets(config)
+        for each in (dataset, *others):
+            if not each.max_bad_shards:
+                each.verify(world.rank, world.size, hashes=config.data.verify == "hash")
     with together():
-        task = Task(config, name, dataset, world.device)
+        mix = [(other, entry.weight) for other, entry in zip(others, config.data.mix, strict=True)]
+        task = Task(config, name, dataset, world.device, mix)
         model = task.model()
     found = checkpoint.newest(folder / checkpoint.FOLDER) if resume else None
     with together():
         if found is not None:
-            _check_same_run(config, name, dataset, found)
+            _check_same_run(config, name, task.fingerprint, found)
         elif name == "finetune":
             pretrained = _load_pretrained(config, model, dataset)
     if not resume:
@@ -199,6 +238,7 @@ class _Training:
         self.best: dict[str, Any] | None = None
         self.since_best = 0
         self.metrics: dict[str, float] = {}
+        self.left_out: set[tuple[str, str]] = set()
 
     def resume(self, found: Checkpoint) -> None:
         """Goes on from a checkpoint."""
@@ -265,6 +305,7 @@ class _Training:
                     "train/epoch": self.step / self.steps_per_epoch,
                 }
                 self.tracker.log(numbers, self.step)
+                self.count_left_out()
             self.tracker.progress(self.step)
             ends_epoch = in_epoch + 1 == self.steps_per_epoch
             if not ends_epoch and stage.checkpoint_every_steps and self.step % stage.checkpoint_every_steps == 0:
@@ -272,6 +313,7 @@ class _Training:
                 self.save()
                 self.meter.go()
         self.meter.pause()
+        self.count_left_out()
         self.end_epoch(epoch + 1)
 
     def end_epoch(self, done: int) -> None:
@@ -315,14 +357,38 @@ class _Training:
 
     def global_count(self, packed: PackedSequences, samples: int) -> float | torch.Tensor:
         """What the loss of the global batch is divided by; ``samples`` is the batch's size over all ranks."""
-        if self.task.name == "pretrain" or self.config.finetune.positions == "last":
+        whole = not self.task.dataset.max_bad_shards  # no samples may be missing
+        if whole and (self.task.name == "pretrain" or self.config.finetune.positions == "last"):
             return samples
         own = self.task.count(packed)
         if self.world.size == 1:
-            return own
+            return max(own, 1)
         total = torch.tensor(float(own), device=self.world.device)
         dist.all_reduce(total)
-        return total
+        return total.clamp(min=1)
+
+    def count_left_out(self) -> None:
+        """Tells of damaged shards that were left out since the last time, on any rank, and stops where they are too
+        many."""
+        datasets = [self.task.dataset, *(dataset for dataset, _ in self.task.mix)]
+        limit = datasets[0].max_bad_shards
+        if not limit:
+            return
+        own = {
+            (f"{dataset.path}/{dataset.manifest.shards[dataset.index.shard[group]].path}", reason)
+            for dataset in datasets
+            for group, reason in list(dataset.damaged.items())
+        }
+        found = set().union(*gather(own))
+        for shard, reason in sorted(found - self.left_out):
+            self.tracker.event("left_out", step=self.step, shard=shard, reason=reason)
+        self.left_out |= found
+        shards = sorted({shard for shard, _ in found})
+        if len(shards) > limit:
+            raise TrainingError(
+                f"{len(shards)} shards are damaged, more than data.max_bad_shards={limit}: {', '.join(shards)}; "
+                "restore them or prepare the dataset again, and run the command again to go on from the last checkpoint"
+            )
 
     def save(self) -> None:
         """Writes a checkpoint of where training stands."""
@@ -337,7 +403,7 @@ class _Training:
             "since_best": self.since_best,
             "metrics": self.metrics,
             "config": to_dict(self.config),
-            "dataset_fingerprint": dataset.fingerprint,
+            "dataset_fingerprint": self.task.fingerprint,
             "catalogue": checkpoint.catalogue_of(dataset),
             "n_items": dataset.n_items,
             "n_attributes": dataset.n_attributes,
@@ -429,7 +495,7 @@ class _Meter:
         if not math.isfinite(total):
             self._fail(step)
         seconds = active / self._world.size
-        numbers = {"train/loss": total / averaged_over}
+        numbers = {"train/loss": total / max(averaged_over, 1)}
         numbers |= {f"train/{t}": s / max(c, 1) for t, s, c in zip(self._tasks, sums, counts, strict=True)}
         numbers |= {
             "train/samples_per_second": samples / seconds,
@@ -472,14 +538,14 @@ def _load_pretrained(config: Config, model: S3Rec, dataset: Dataset) -> str:
     return str(metadata["path"])
 
 
-def _check_same_run(config: Config, name: StageName, dataset: Dataset, found: Checkpoint) -> None:
+def _check_same_run(config: Config, name: StageName, fingerprint: str, found: Checkpoint) -> None:
     """Raises :class:`CheckpointError` where a checkpoint in the output folder belongs to another run."""
     state = found.state
     start_over = "take another output folder, or start over with --no_resume"
-    if state["dataset_fingerprint"] != dataset.fingerprint:
+    if state["dataset_fingerprint"] != fingerprint:
         raise CheckpointError(
             f"{found.folder}: was trained on another dataset than {config.data.path}, or that has changed since; "
-            f"restore it, {start_over}"
+            f"restore it, name its data.revision, {start_over}"
         )
     then, now = _flat(state["config"]), _flat(to_dict(config))
     schedule_follows_epochs = now[f"{name}.schedule"] != "constant"
@@ -502,7 +568,17 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 _FREE = {
-    "data": {"path", "prefetch_threads", "cache_mb", "verify"},
+    "data": {
+        "path",
+        "revision",
+        "mix",  # part of the dataset's fingerprint
+        "prefetch_threads",
+        "prefetch_mb",
+        "cache_mb",
+        "verify",
+        "on_bad_shard",
+        "max_bad_shards",
+    },
     "model": {"attention"},
     "stage": {
         "checkpoint_every_epochs",

@@ -19,10 +19,10 @@ def fail(how: str) -> None:
     if how == "read":
         read = Dataset.read_row_group
 
-        def damaged(self: Dataset, index: int) -> Any:
+        def damaged(self: Dataset, index: int, with_users: bool = True) -> Any:
             if index == 7:
                 raise DatasetError("shard 7: damaged")
-            return read(self, index)
+            return read(self, index, with_users)
 
         pool = Dataset.segment_pool
 

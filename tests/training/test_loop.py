@@ -227,7 +227,7 @@ def two_process_runs(dataset: Path, output: Path) -> dict[str, dict[str, Any]]:
     add("streams", "pretrain", data__streams=1)
     add("not pretrained", "finetune", finetune__pretrained="auto")
     add("changed", "pretrain", data__path=str(output / "changed dataset"))
-    add("unread", "finetune", data__path=str(output / "missing shard"), data__verify=False)
+    add("unread", "finetune", data__path=str(output / "missing shard"))
     return jobs
 
 
@@ -818,7 +818,7 @@ def test_a_shard_that_cannot_be_read_stops_training_with_its_name(dataset: Path,
     shutil.copytree(dataset, tmp_path / "dataset")
     damage(tmp_path / "dataset" / "shards" / "00001.parquet")
     with pytest.raises(DatasetError, match=r"00001\.parquet"):
-        run("finetune", make_config(tmp_path / "dataset", tmp_path, data__verify=False))
+        run("finetune", make_config(tmp_path / "dataset", tmp_path))
     assert metrics(tmp_path / "finetune")[-1]["status"] == "failed"
 
 
