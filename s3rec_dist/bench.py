@@ -3,6 +3,8 @@
     s3rec bench reconstruct --dataset data/beauty     # samples/s built, on one core
     s3rec bench pretrain --dataset data/beauty        # samples/s of the whole training step
     s3rec bench evaluate --dataset data/beauty        # users/s of full ranking
+    s3rec bench stream --dataset data/beauty          # sequences/s read, verified, decoded and packed, on one core
+    s3rec bench resume                                # seconds to the middle of an epoch of a billion samples
 
 Weights are random, the work is real: the dataset is streamed, samples are reconstructed, the engine steps. Each
 figure is the median of several repetitions, with the slowest and the fastest beside it. The last line printed is
@@ -13,26 +15,32 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from s3rec_dist.config import Config, load_config
-from s3rec_dist.data.dataset import Dataset
+from s3rec_dist.data.dataset import ATTRIBUTES_SCHEMA, ITEMS_SCHEMA, Dataset, new_manifest
+from s3rec_dist.data.formats import WrittenGroup, WrittenShard
+from s3rec_dist.data.order import SampleSpec
 from s3rec_dist.data.stream import PackedSequences, Stream
 from s3rec_dist.evaluation import evaluate
+from s3rec_dist.storage import Storage
 from s3rec_dist.training.engine import Engine, World, start
 from s3rec_dist.training.loop import StageName, Task
 from s3rec_dist.training.tracking import peak_memory_mb
 
-Rates = dict[str, list[float]]
-"""What was measured per second, by name: a value for each repetition."""
+Figures = dict[str, list[float]]
+"""What was measured, by name with unit: a value for each repetition."""
 
 
 class BenchError(ValueError):
@@ -42,9 +50,14 @@ class BenchError(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``s3rec bench``."""
     parser.add_argument("name", choices=list(BENCHMARKS), help="what to measure")
-    parser.add_argument("--dataset", required=True, metavar="DIR", help="dataset that 's3rec prepare' wrote")
+    parser.add_argument("--dataset", metavar="DIR", help="dataset that 's3rec prepare' wrote; resume needs none")
     parser.add_argument("--config", metavar="FILE", help="settings of model and stage (default: the paper's)")
-    parser.add_argument("--steps", type=int, default=100, metavar="N", help="batches in a repetition (default: 100)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="batches in a repetition (default: 100; 2000 for stream)",
+    )
     parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="repetitions (default: 5)")
     parser.add_argument("--profile", action="store_true", help="also show which operations the time goes to")
     parser.add_argument(
@@ -54,14 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures, and prints a table and a JSON line."""
+    args.steps = (2000 if args.name == "stream" else 100) if args.steps is None else args.steps
     if min(args.steps, args.repetitions) < 1:
         raise BenchError(f"--steps {args.steps} --repetitions {args.repetitions}: expected 1 or more of each")
-    config = load_config(args.config, [f"data.path={args.dataset}", *args.overrides])
+    if args.dataset is None and args.name not in WITHOUT_DATASET:
+        raise BenchError(f"bench {args.name} measures on a dataset; name one with --dataset")
+    config = load_config(args.config, [f"data.path={args.dataset or ''}", *args.overrides])
     if args.name == "reconstruct" and not config.engine.threads:
         config = replace(config, engine=replace(config.engine, threads=1))
     world = start(config.engine)
-    dataset = Dataset.open(config.data.path)
-    rates = BENCHMARKS[args.name](config, dataset, world, args)
+    dataset = Dataset.open(config.data.path, Storage(config.storage)) if config.data.path else None
+    name = dataset.manifest.name if dataset else "nothing but a manifest"
+    figures = BENCHMARKS[args.name](config, dataset, world, args)
     machine = {
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
@@ -69,20 +86,22 @@ def run(args: argparse.Namespace) -> None:
     }
     memory = round(peak_memory_mb())
     rows = [["", "median", "slowest", "fastest"]]
-    rows += [[name, *(f"{f(v):,.0f}" for f in (statistics.median, min, max))] for name, v in rates.items()]
+    for title, values in figures.items():
+        slowest, fastest = (min(values), max(values))[:: 1 if title.endswith("/s") else -1]
+        rows.append([title, *map(_shown, (statistics.median(values), slowest, fastest))])
     width = max(len(row[0]) for row in rows)
-    print(f"{args.name} on {dataset.manifest.name}: {', '.join(f'{k} {v}' for k, v in machine.items())}")
-    for name, *values in rows:
-        print("  ".join([name.ljust(width), *(value.rjust(10) for value in values)]))
+    print(f"{args.name} on {name}: {', '.join(f'{k} {v}' for k, v in machine.items())}")
+    for title, *shown in rows:
+        print("  ".join([title.ljust(width), *(value.rjust(10) for value in shown)]))
     print(f"peak memory of the process: {memory:,} MiB")
     medians = {
-        name.replace("/s", "_per_s").replace(" ", "_"): round(statistics.median(values), 1)
-        for name, values in rates.items()
+        title.replace("/s", "_per_s").replace(" ", "_"): round(statistics.median(values), 3)
+        for title, values in figures.items()
     }
-    print(json.dumps({"bench": args.name, "dataset": dataset.manifest.name, **machine, **medians, "memory_mb": memory}))
+    print(json.dumps({"bench": args.name, "dataset": name, **machine, **medians, "memory_mb": memory}))
 
 
-def _reconstruct(config: Config, dataset: Dataset, world: World, args: argparse.Namespace) -> Rates:
+def _reconstruct(config: Config, dataset: Dataset, world: World, args: argparse.Namespace) -> Figures:
     """Samples built from batches that are there already, and from the dataset: read, packed and built."""
     task = Task(config, "pretrain", dataset, world.device)
     stream = task.stream(world)
@@ -105,8 +124,8 @@ def _reconstruct(config: Config, dataset: Dataset, world: World, args: argparse.
         stream.close()
 
 
-def _train(stage: StageName) -> Callable[..., Rates]:
-    def measure(config: Config, dataset: Dataset, world: World, args: argparse.Namespace) -> Rates:
+def _train(stage: StageName) -> Callable[..., Figures]:
+    def measure(config: Config, dataset: Dataset, world: World, args: argparse.Namespace) -> Figures:
         """Whole steps: batch, reconstruction, forward, backward, optimizer."""
         task = Task(config, stage, dataset, world.device)
         stream = task.stream(world)
@@ -130,14 +149,14 @@ def _train(stage: StageName) -> Callable[..., Rates]:
                     samples += len(packed)
                     tokens += len(packed.items)
 
-            rates: Rates = {"samples/s": [], "items/s": [], "steps/s": []}
+            figures: Figures = {"samples/s": [], "items/s": [], "steps/s": []}
             for _ in range(args.repetitions + 1):
                 seconds = _seconds(steps, world)
                 for name, count in (("samples/s", samples), ("items/s", tokens), ("steps/s", args.steps)):
-                    rates[name].append(count / seconds)
+                    figures[name].append(count / seconds)
             if args.profile:
                 _profile(steps, args.steps)
-            return {name: values[1:] for name, values in rates.items()}  # the first one warmed up
+            return {name: values[1:] for name, values in figures.items()}  # the first one warmed up
         finally:
             engine.close()
             stream.close()
@@ -145,7 +164,7 @@ def _train(stage: StageName) -> Callable[..., Rates]:
     return measure
 
 
-def _evaluate(config: Config, dataset: Dataset, world: World, args: argparse.Namespace) -> Rates:
+def _evaluate(config: Config, dataset: Dataset, world: World, args: argparse.Namespace) -> Figures:
     """Ranking of all users' test items, by evaluation.protocol."""
     model = Task(config, "finetune", dataset, world.device).model().to(world.device).eval()
 
@@ -155,11 +174,97 @@ def _evaluate(config: Config, dataset: Dataset, world: World, args: argparse.Nam
     return {"users/s": _repeat(rank, dataset.n_rows, world, args)}
 
 
-BENCHMARKS: dict[str, Callable[..., Rates]] = {
+def _stream(config: Config, dataset: Dataset, world: World, args: argparse.Namespace) -> Figures:
+    """Whole sequences, and prefixes, packed into batches: row groups are read, verified and decoded anew each time."""
+    length = config.model.max_length
+    specs = {"sequences/s": SampleSpec("full_sequence", length), "prefixes/s": SampleSpec("all_prefixes", length)}
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        return {title: _streamed(config, dataset, spec, world, args) for title, spec in specs.items()}
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _streamed(
+    config: Config, dataset: Dataset, spec: SampleSpec, world: World, args: argparse.Namespace
+) -> list[float]:
+    stream = Stream(
+        dataset,
+        spec,
+        batch_size=config.pretrain.batch_size,
+        streams=config.data.streams,
+        seed=config.seed,
+        prefetch_threads=1,
+        cache_bytes=0,
+    )
+    try:
+        batches = _endless(stream)
+
+        def pack() -> None:
+            for _ in islice(batches, args.steps):
+                pass
+
+        return _repeat(pack, args.steps * config.pretrain.batch_size, world, args)
+    finally:
+        stream.close()
+
+
+EPOCH_SAMPLES, EPOCH_GROUPS = 1_000_000_000, 24_414
+"""The epoch that ``resume`` resumes: a hundred million users, 4,096 a row group."""
+
+
+def _resume(config: Config, dataset: None, world: World, args: argparse.Namespace) -> Figures:
+    """Opens a dataset of a billion samples, of which only manifest and index exist, and finds the batch in the middle
+    of an epoch."""
+    lengths = np.arange(3, 53, dtype=np.int32)
+    rows = EPOCH_SAMPLES // EPOCH_GROUPS
+    counts = np.full(len(lengths), rows // int((lengths - 2).sum()), dtype=np.int32)
+    counts[0] += rows - int((lengths - 2) @ counts)
+    group = WrittenGroup(4, 1, bytes(32), int(counts.sum()), lengths, counts)
+    shards = [
+        WrittenShard(f"{first:05d}.parquet", len(own) * group.rows, 1, "", "", (0, 0), tuple(own))
+        for first, own in ((first, [group] * min(64, EPOCH_GROUPS - first)) for first in range(0, EPOCH_GROUPS, 64))
+    ]
+    spec = SampleSpec("all_prefixes", max(lengths.tolist()))
+    with tempfile.TemporaryDirectory() as folder:
+        new_manifest(
+            folder,
+            name="resume",
+            format="parquet",
+            shards=shards,
+            items=ITEMS_SCHEMA.empty_table(),
+            attributes=ATTRIBUTES_SCHEMA.empty_table(),
+            preparation={},
+            created_with="s3rec bench",
+        )
+
+        def resume() -> None:
+            stream = Stream(Dataset.open(folder), spec, batch_size=config.pretrain.batch_size, seed=config.seed)
+            try:
+                order = stream.order(1)
+                middle = order.steps // 2
+                positions, _ = order.batch_positions(middle, middle + 1, 0, 1)
+                np.searchsorted(order.bounds, positions)
+            finally:
+                stream.close()
+
+        return {"seconds": [_seconds(resume, world) for _ in range(args.repetitions + 1)][1:]}
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+WITHOUT_DATASET = ("resume",)
+
+BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "reconstruct": _reconstruct,
     "pretrain": _train("pretrain"),
     "finetune": _train("finetune"),
     "evaluate": _evaluate,
+    "stream": _stream,
+    "resume": _resume,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ FIGURES = {
     "pretrain": ["samples_per_s", "items_per_s", "steps_per_s"],
     "finetune": ["samples_per_s", "items_per_s", "steps_per_s"],
     "evaluate": ["users_per_s"],
+    "stream": ["sequences_per_s", "prefixes_per_s"],
 }
 
 
@@ -37,6 +39,19 @@ def test_a_benchmark_prints_a_table_and_then_one_json_object(
     for figure in FIGURES[name]:
         assert result[figure] > 0
     assert any(line.split() == ["median", "slowest", "fastest"] for line in table)
+
+
+def test_resuming_a_billion_samples_needs_no_dataset(capsys: pytest.CaptureFixture[str]) -> None:
+    affinity = os.sched_getaffinity(0)
+    assert main(["bench", "resume", "--repetitions", "1"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["seconds"] > 0 and result["memory_mb"] > 0
+    assert os.sched_getaffinity(0) == affinity
+
+
+def test_a_benchmark_on_a_dataset_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "stream"]) == 2
+    assert "name one with --dataset" in capsys.readouterr().err
 
 
 def test_the_profile_names_operations_and_their_shares(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
