@@ -1,0 +1,82 @@
+"""Where a new dataset is built, and how it gets to its place: whole, or not at all.
+
+with dataset_output("s3://bucket/beauty", storage, overwrite=False) as (folder, work):
+    ...                                       # write the dataset into ``folder``; ``work`` is for anything else
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+
+from s3rec_dist.data.formats import put_in_place
+from s3rec_dist.storage import Storage
+
+Progress = Callable[[str], None]
+"""Takes a line about what is being done."""
+
+
+class OutputError(ValueError):
+    """An output that is not to be written to; nothing has been changed."""
+
+
+@contextlib.contextmanager
+def dataset_output(
+    output: str, storage: Storage, *, overwrite: bool, progress: Progress = lambda line: None
+) -> Iterator[tuple[str, str]]:
+    """(dataset folder, scratch folder), both local and empty; the first becomes ``output``, a path or URL, when the
+    block ends well, and both are gone after it.
+
+    A local dataset is built beside its place and renamed. One for other storage is built in the system's folder for
+    temporary files and uploaded, its manifest last; what ``overwrite`` replaces is removed just before that. Raises
+    :class:`OutputError` where there is something already that may not be replaced.
+    """
+    output = output.rstrip("/") or "/"
+    path = storage.local(output)
+    place = output if path is None else os.path.abspath(path)
+    if storage.exists(place) and not (storage.is_folder(place) and not storage.names(place)):
+        if not overwrite:
+            raise OutputError(f"{place}: exists already; choose another output, or pass --overwrite to replace it")
+        if not storage.exists(f"{place}/manifest.json"):
+            raise OutputError(f"{place}: not a dataset, so --overwrite leaves it alone; choose another output")
+    parent, name = os.path.split(place)
+    if path is not None:
+        os.makedirs(parent, exist_ok=True)
+        for leftover in glob.glob(os.path.join(glob.escape(parent), f".{glob.escape(name)}.partial-*")):
+            progress(f"{leftover}: left by a command that was killed or still runs; remove it if none does")
+    partial = tempfile.mkdtemp(prefix=f".{name}.partial-", dir=None if path is None else parent)
+    try:
+        folder, work = os.path.join(partial, "dataset"), os.path.join(partial, "work")
+        os.mkdir(folder)
+        os.mkdir(work)
+        yield folder, work
+        if path is None:
+            progress(f"uploading to {place}")
+            _publish(folder, place, storage)
+        else:
+            put_in_place(folder, place, os.path.join(partial, "replaced"))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(folder: str, url: str, storage: Storage) -> None:
+    _remove_dataset(url, storage)
+    try:
+        storage.publish(folder, url)
+    except BaseException:
+        with contextlib.suppress(Exception):  # the error that brought us here is the one to report
+            _remove_dataset(url, storage)
+        raise
+
+
+def _remove_dataset(url: str, storage: Storage) -> None:
+    """Removes a dataset, its manifest first; whatever else lies beside it stays."""
+    storage.remove(f"{url}/manifest.json")
+    for name in storage.names(url):
+        if name in ("shards", "manifests") or name.endswith(".parquet") or re.fullmatch("v[0-9]+", name):
+            storage.remove(f"{url}/{name}")
