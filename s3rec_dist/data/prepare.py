@@ -44,9 +44,21 @@ from s3rec_dist.data.dataset import (
     new_manifest,
 )
 from s3rec_dist.data.formats import SHARD_SCHEMA, Format, put_in_place, write_shards
-from s3rec_dist.data.sources import LINE_BITS, Columns, RecBole, S3RecPair, Source, SourceError, Table
+from s3rec_dist.data.sources import (
+    LINE_BITS,
+    Columns,
+    RecBole,
+    S3RecPair,
+    Source,
+    SourceError,
+    Table,
+    WebDatasetTars,
+)
 
 FETCH_ROWS = 1 << 17
+
+_WHOLE_HISTORIES = {"s3rec": "line", "webdataset": "sample"}
+"""Sources that give a user's whole history at once, and what in."""
 
 INTEGER_ID = "^[1-9][0-9]{0,8}$"
 """Raw ids that can be ids as they are."""
@@ -63,10 +75,11 @@ class PrepareError(ValueError):
 class PrepareSettings:
     """One preparation."""
 
-    source: Literal["s3rec", "recbole", "table"]
-    """What the input is: the S3-Rec pair, RecBole's atomic files, or Parquet, CSV, JSONL with a row per interaction."""
+    source: Literal["s3rec", "recbole", "table", "webdataset"]
+    """What the input is: the S3-Rec pair, RecBole's atomic files, Parquet, CSV, JSONL with a row per interaction, or
+    tars with a sample per user."""
     input: str
-    """File or folder; for tables also a pattern."""
+    """File or folder; for tables and tars also a pattern."""
     output: str
     """Dataset folder to write."""
     attributes: str = ""
@@ -159,13 +172,14 @@ def _open_source(settings: PrepareSettings) -> Source:
         rating=settings.rating_column if settings.min_rating is not None else "",
         time=settings.time_column,
     )
+    if settings.source in _WHOLE_HISTORIES and settings.min_rating is not None:
+        raise PrepareError(f"min_rating: source {settings.source} holds no ratings; use source recbole or table")
     if settings.source == "s3rec":
-        if settings.min_rating is not None:
-            raise PrepareError("min_rating: the S3-Rec pair holds no ratings; use source recbole or table")
         return S3RecPair(settings.input, settings.attributes)
     if settings.source == "recbole":
         return RecBole(settings.input, settings.attributes, columns, settings.attribute_fields)
-    return Table(settings.input, settings.attributes, columns, settings.attribute_fields, settings.attribute_separator)
+    kind = Table if settings.source == "table" else WebDatasetTars
+    return kind(settings.input, settings.attributes, columns, settings.attribute_fields, settings.attribute_separator)
 
 
 class _Database:
@@ -301,7 +315,7 @@ def _load_events(
     facts["rows_read"] = database.number("SELECT count(*) FROM raw") + bad.count
     if not facts["rows_read"]:
         raise PrepareError(f"{settings.input}: no interactions; expected at least one row")
-    if settings.source == "s3rec":
+    if settings.source in _WHOLE_HISTORIES:
         _reject_second_lines(settings, source, database, bad)
     database.run(f"CREATE VIEW checked AS {_checked(settings, database)}")
     for position, reason in database.rows(
@@ -381,7 +395,7 @@ def _not_a_number(name: str, value: str, is_float: bool) -> str:
 
 
 def _reject_second_lines(settings: PrepareSettings, source: Source, database: _Database, bad: _BadRows) -> None:
-    """In the S3-Rec pair a line is a user's whole history: a second line of the same user is malformed."""
+    """Where a line or sample is a user's whole history, a second one of the same user is malformed."""
     line = f"position >> {LINE_BITS}"
     repeated = database.rows(
         f"SELECT min(position), min(user) FROM (SELECT position, user, {line} AS line, "
@@ -389,7 +403,7 @@ def _reject_second_lines(settings: PrepareSettings, source: Source, database: _D
         f"WHERE line > first GROUP BY line ORDER BY line LIMIT {_limit(settings)}"
     )
     for position, user in repeated:
-        bad.add(source.place(position), f"user {user!r} has a line already")
+        bad.add(source.place(position), f"user {user!r} has a {_WHOLE_HISTORIES[settings.source]} already")
     if repeated:
         lines = ", ".join(str(position >> LINE_BITS) for position, _ in repeated)
         database.run(f"DELETE FROM raw WHERE {line} IN ({lines})")
@@ -678,11 +692,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--source",
         required=True,
-        choices=("s3rec", "recbole", "table"),
+        choices=("s3rec", "recbole", "table", "webdataset"),
         help="what the input is: NAME.txt with NAME_item2attributes.json; RecBole atomic files; "
-        "or Parquet, CSV, JSONL with a row per interaction",
+        "Parquet, CSV, JSONL with a row per interaction; or tars with a sample per user, KEY.npy, .json or .txt",
     )
-    group.add_argument("--input", required=True, help="file or folder; for tables also a pattern")
+    group.add_argument("--input", required=True, help="file or folder; for tables and tars also a pattern")
     group.add_argument("--output", required=True, help="dataset folder to write")
     option(group, "name", "the dataset's name; by default the input's")
     group.add_argument("--overwrite", action="store_true", help="replace the output if it is a dataset already")

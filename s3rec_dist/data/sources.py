@@ -1,4 +1,4 @@
-"""Raw inputs, read as Arrow batches: the S3-Rec pair, RecBole's atomic files, Parquet, CSV and JSONL.
+"""Raw inputs, read as Arrow batches: the S3-Rec pair, RecBole's atomic files, Parquet, CSV, JSONL and tars.
 
 A source gives two streams of flat rows and leaves everything relational to ``prepare``:
 
@@ -11,8 +11,11 @@ that cannot even be split into columns is reported to ``bad`` (position, reason)
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import csv
 import glob
+import gzip
 import itertools
 import json
 import os
@@ -28,6 +31,9 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from s3rec_dist.data.tars import TarError, histories
+from s3rec_dist.storage import Storage, StorageError
+
 BadRow = Callable[[int, str], None]
 """Called with (position, reason) for a row that is left out; may raise to stop."""
 
@@ -38,6 +44,8 @@ FILE_BITS = 40
 
 LINES_PER_BATCH = 1 << 16
 BLOCK_BYTES = 8 << 20
+
+TAR_NAMES = (".tar", ".tar.gz", ".tgz")
 
 
 class SourceError(ValueError):
@@ -206,13 +214,17 @@ class Table:
         attribute_fields: Sequence[str],
         attribute_separator: str,
     ) -> None:
-        self.paths, self.columns = _table_files(path), columns
+        self.paths, self.columns = self.find(path), columns
         self.attribute_paths = [] if attributes in ("", "none") else _table_files(attributes)
         if self.attribute_paths and not attribute_fields:
             raise SourceError(f"{attributes}: name the columns that hold attributes with --attribute-fields")
         self.fields = tuple(attribute_fields)
         self.separator = attribute_separator
         self.files = [*self.paths, *self.attribute_paths]
+
+    def find(self, path: str) -> list[str]:
+        """The files behind a path, a folder or a pattern."""
+        return _table_files(path)
 
     def events(self, bad: BadRow) -> Iterator[pa.RecordBatch]:
         """position, user, item and, where wanted, rating and time, in the input's own plain types."""
@@ -251,7 +263,46 @@ class Table:
         return _table_place(self.attribute_paths, position)
 
 
-Source = S3RecPair | RecBole | Table
+class WebDatasetTars(Table):
+    """Tars that others wrote, a sample per user (:mod:`~s3rec_dist.data.tars`); attributes come from a table."""
+
+    def find(self, path: str) -> list[str]:
+        """The tars behind a path or URL, a folder or a pattern."""
+        self._storage = Storage()
+        self._before: list[int] = []  # samples before each file, as far as files have been read
+        try:
+            return _tar_files(path, self._storage)
+        except StorageError as error:
+            raise SourceError(str(error)) from error
+
+    def events(self, bad: BadRow) -> Iterator[pa.RecordBatch]:
+        """position, user, item, as text; a row per item."""
+        last = 0
+
+        def left_out(number: int, reason: str) -> None:
+            nonlocal last
+            last = max(last, self._before[-1] + number)
+            bad(self._before[-1] + number << LINE_BITS, reason)
+
+        for path in self.paths:
+            before = last
+            self._before.append(before)
+            try:
+                with self._storage.open(path) as raw, _unzipped(raw, path) as file:
+                    for samples in _gathered(histories(file, left_out)):
+                        last = max(last, before + samples[-1][0])
+                        yield _sample_batch(before, samples)
+            except (TarError, StorageError) as error:
+                raise SourceError(f"{path}: cannot be read: {error}") from error
+
+    def place(self, position: int) -> str:
+        """File and sample of an event's position."""
+        sample = position >> LINE_BITS
+        file = bisect.bisect_left(self._before, sample) - 1
+        return f"{self.paths[file]}: sample {sample - self._before[file]}"
+
+
+Source = S3RecPair | RecBole | Table | WebDatasetTars
 
 
 def _existing(path: str) -> str:
@@ -444,6 +495,55 @@ def _table_files(path: str) -> list[str]:
             raise SourceError(f"{name}: unknown kind of table; expected a name that ends in {', '.join(TABLE_KINDS)}")
         _existing(name)
     return found
+
+
+def _tar_files(path: str, storage: Storage) -> list[str]:
+    """The tars behind a path, a folder or a pattern, by name."""
+    if storage.is_folder(path):
+        names = [name for name in storage.names(path) if name.lower().endswith(TAR_NAMES)]
+        found = [f"{path.rstrip('/')}/{name}" for name in names]
+    else:
+        found = [path] if storage.exists(path) else storage.glob(path)
+    if not found:
+        raise SourceError(f"{path}: no input there; expected a file, folder or pattern of {', '.join(TAR_NAMES)}")
+    for name in found:
+        if not name.lower().endswith(TAR_NAMES):
+            raise SourceError(f"{name}: expected a name that ends in {', '.join(TAR_NAMES)}")
+    return found
+
+
+def _unzipped(file: Any, path: str) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext(file) if path.lower().endswith(".tar") else gzip.GzipFile(fileobj=file)
+
+
+Sample = tuple[int, str, pa.Array]
+"""Number in its file, user, items."""
+
+
+def _gathered(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
+    """Samples in lists of ``LINES_PER_BATCH`` items or a few more."""
+    gathered: list[Sample] = []
+    items = 0
+    for sample in samples:
+        gathered.append(sample)
+        items += len(sample[2])
+        if items >= LINES_PER_BATCH:
+            yield gathered
+            gathered, items = [], 0
+    if gathered:
+        yield gathered
+
+
+def _sample_batch(before: int, samples: list[Sample]) -> pa.RecordBatch:
+    """position, user, item of samples of a file that has ``before`` samples before it."""
+    numbers, users, items = zip(*samples, strict=True)
+    lengths = np.array([len(array) for array in items])
+    within = np.arange(1, lengths.sum() + 1) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    position = (np.repeat(np.array(numbers, np.int64) + before, lengths) << LINE_BITS) + within
+    rows = pa.array(np.repeat(np.arange(len(users)), lengths))
+    return pa.record_batch(
+        {"position": position, "user": pa.array(users, pa.string()).take(rows), "item": pa.concat_arrays(items)}
+    )
 
 
 def _table_place(paths: list[str], position: int) -> str:
