@@ -21,6 +21,7 @@ still be opened.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -150,6 +151,31 @@ class Index:
         """Rows of a row group that are dead."""
         return self.dead[slice(*self.dead_offsets[group : group + 2])]
 
+    def agrees_with(self, manifest: Manifest) -> bool:
+        """Whether it lists the manifest's shards and rows, row groups in order, each within its shard."""
+        if len(self.lengths) != len(self.counts):
+            return False
+        shards = np.arange(len(manifest.shards))
+        first, end = (np.searchsorted(self.shard, shards, side=side) for side in ("left", "right"))
+        sizes = np.array([shard.size for shard in manifest.shards], dtype=np.int64)
+        if (np.diff(self.shard) < 0).any() or (end - first).sum() != len(self) or (end == first).any():
+            return False
+        dead = np.diff(self.dead_offsets)
+        living = self.per_group(self.counts.astype(np.int64))
+        return bool(
+            np.array_equal(self.group, np.arange(len(self)) - np.repeat(first, end - first))
+            and np.array_equal(np.bincount(self.shard, self.rows, len(shards)), [s.rows for s in manifest.shards])
+            and np.array_equal(living + dead, self.rows)
+            and min(self.offset.min(initial=0), self.size.min(initial=0), self.lengths.min(initial=0)) >= 0
+            and self.lengths.max(initial=0) < 1 << SAMPLE_END_BITS
+            and (self.size <= sizes[self.shard] - self.offset).all()
+            and self.counts.min(initial=1) > 0
+            and self.dead.min(initial=0) >= 0
+            and (self.dead < np.repeat(self.rows, dead)).all()
+            and living.sum() == manifest.users
+            and self.lengths.astype(np.int64) @ self.counts == manifest.interactions
+        )
+
     def to_table(self) -> pa.Table:
         """The rows of index.parquet."""
         lists = [
@@ -245,7 +271,7 @@ class Manifest:
         """Reads :meth:`to_json`; ``source`` names the file in errors. Raises :class:`DatasetError`."""
         try:
             tree = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DatasetError(f"{source}: not valid JSON ({error}); prepare the dataset again") from error
         if not isinstance(tree, dict) or FORMAT not in (tree.get("kind"), tree.get("format")):  # the latter: version 1
             raise DatasetError(f"{source}: not a {FORMAT}'s manifest; expected a folder that 's3rec prepare' wrote")
@@ -254,28 +280,27 @@ class Manifest:
                 f"{source}: dataset version {tree.get('version')!r}, this program reads version {VERSION}; "
                 "prepare the dataset again with this version"
             )
-        del tree["kind"]
+        tree.pop("kind", None)
         try:
-            shards = tuple(
-                Shard(
-                    _inside(shard["path"]),
-                    int(shard["rows"]),
-                    int(shard["size"]),
-                    str(shard["sha256"]),
-                    str(shard["tail_sha256"]),
-                )
-                for shard in tree.pop("shards")
-            )
+            shards = tuple(Shard(**shard) for shard in tree.pop("shards"))
             first, second = tree.pop("rows_content")
-            manifest = cls(shards=shards, rows_content=(int(first), int(second)), **tree)
-            counts = (manifest.users, manifest.items, manifest.attributes, manifest.interactions)
-            if not all(isinstance(n, int) and n >= 0 for n in counts):
-                raise ValueError("counts must be non-negative integers")
+            manifest = cls(shards=shards, rows_content=(first, second), **tree)
+            _check_fields(manifest)
+            if not isinstance(manifest.preparation, dict) or not all(type(n) is int for n in manifest.rows_content):
+                raise ValueError("preparation must be a mapping, rows_content two numbers")
             if manifest.format not in ("parquet", "webdataset"):
                 raise ValueError(f"format {manifest.format!r}, expected parquet or webdataset")
-            for name in manifest.files:
+            for shard in shards:
+                _check_fields(shard)
+                _inside(shard.path)
+                _check_sha256(shard.sha256)
+                _check_sha256(shard.tail_sha256)
+            for name, sha256 in manifest.files.items():
                 _inside(f"{manifest.folder}{name}")
-        except (KeyError, TypeError, ValueError) as error:
+                _check_sha256(sha256)
+            if missing := {"index.parquet", "items.parquet", "attributes.parquet"} - manifest.files.keys():
+                raise ValueError(f"files lacks {', '.join(sorted(missing))}")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"{source}: malformed manifest ({error}); prepare the dataset again") from error
         return manifest
 
@@ -382,13 +407,10 @@ class Dataset:
     @cached_property
     def index(self) -> Index:
         """The row groups."""
-        index = Index.from_table(self._read_table("index.parquet", INDEX_SCHEMA))
-        rows = np.bincount(index.shard, index.rows, len(self.manifest.shards)).tolist()
-        if rows != [shard.rows for shard in self.manifest.shards] or index.first_row[-1] != self.n_rows:
-            raise DatasetError(
-                f"{self.file('index.parquet')}: rows and the manifest's disagree; restore the file or prepare the "
-                "dataset again"
-            )
+        table = self._read_table("index.parquet", INDEX_SCHEMA)
+        index = None if _has_nulls(table) else Index.from_table(table)
+        if index is None or not index.agrees_with(self.manifest):
+            raise DatasetError(f"{self.file('index.parquet')}: its row groups and the manifest disagree; {_RESTORE}")
         return index
 
     def verify(self, part: int = 0, parts: int = 1, *, hashes: bool = True) -> None:
@@ -418,6 +440,8 @@ class Dataset:
                 )
         except FileNotFoundError as error:
             raise self._missing(name) from error
+        except OSError as error:
+            raise DatasetError(f"{url}: cannot be read ({error})") from error
 
     def read_row_group(self, index: int, with_users: bool = True) -> Sequences:
         """Decodes row group ``index``, its SHA-256 verified, without copying values; without ``with_users`` in less
@@ -451,11 +475,16 @@ class Dataset:
             data = self.storage.read_checked(url, offset, int(entry.size[index]), entry.sha256[index])
             if self.manifest.format == "parquet":
                 footer = self._footer(int(entry.shard[index]))
-                batch = decode_parquet(data, offset, footer, group, with_users, where)
+                lengths, counts = entry.length_counts(index)
+                items = int(lengths.astype(np.int64) @ counts)
+                batch = decode_parquet(data, offset, footer, group, with_users, items, where)
             else:
                 batch = decode_arrow(data, where)
         except FileNotFoundError:
             raise _Damaged(f"{url}: no such file, but the manifest lists it") from None
+        except OSError as error:  # a bad sector is damage; what else stands in the way may pass
+            kind = _Damaged if error.errno == errno.EIO else DatasetError
+            raise kind(f"{url}: cannot be read ({error})") from error
         except DamagedFile as error:
             raise _Damaged(f"{where}: {str(error).removeprefix(url + ': ')}") from error
         except FormatError as error:
@@ -557,9 +586,11 @@ class Dataset:
                     f"{url}: SHA-256 is {digest}, the manifest says {self.manifest.files[name]}; "
                     f"the file has changed since it was prepared: {_RESTORE}"
                 )
-            return read_parquet_table(pa.BufferReader(data), schema, url)
+            return read_parquet_table(data, schema, url)
         except FileNotFoundError as error:
             raise self._missing(f"{self.manifest.folder}{name}") from error
+        except OSError as error:
+            raise DatasetError(f"{url}: cannot be read ({error})") from error
         except FormatError as error:
             raise DatasetError(f"{error}; {_RESTORE}") from error
 
@@ -727,6 +758,12 @@ def _string_bytes(array: pa.Array) -> Iterable[bytes]:
     yield bytes(memoryview(array.buffers()[2] or b"")[offsets[0] : offsets[-1]])
 
 
+def _has_nulls(table: pa.Table) -> bool:
+    """Whether a column holds nulls, or a list does."""
+    lists = [column for column in table.columns if pa.types.is_list(column.type)]
+    return any(column.null_count for column in [*table.columns, *map(pc.list_flatten, lists)])
+
+
 def _ragged(column: Any) -> tuple[np.ndarray, np.ndarray]:
     """(values end to end, offsets int64) of a list column."""
     lists = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
@@ -735,9 +772,26 @@ def _ragged(column: Any) -> tuple[np.ndarray, np.ndarray]:
     return values, offsets - offsets[0]
 
 
-def _inside(path: str) -> str:
-    """A relative path that stays in the dataset's folder."""
+def _check_fields(described: Manifest | Shard) -> None:
+    """Raises :class:`ValueError` unless the fields that are text and counts are that."""
+    for field in dataclasses.fields(described):
+        value = getattr(described, field.name)
+        if (field.type == "str" and type(value) is not str) or (
+            field.type == "int" and (type(value) is not int or not 0 <= value < 1 << 63)
+        ):
+            raise ValueError(f"{field.name} is {value!r}, expected {_EXPECTED[field.type]}")
+
+
+_EXPECTED = {"str": "text", "int": "a number from 0"}
+
+
+def _check_sha256(text: str) -> None:
+    if len(bytes.fromhex(text)) != 32:
+        raise ValueError(f"{text!r} is not a SHA-256")
+
+
+def _inside(path: str) -> None:
+    """Raises :class:`ValueError` unless a relative path stays in the dataset's folder."""
     parts = path.split("/")
-    if not path or ":" in path or "\\" in path or any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"shard path {path!r} leaves the dataset's folder")
-    return path
+    if not path.isprintable() or ":" in path or "\\" in path or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"path {path!r} leaves the dataset's folder")

@@ -36,6 +36,12 @@ SHARD_SCHEMA = pa.schema([("user", pa.string()), ("items", pa.list_(pa.int32()))
 DAMAGE = (OSError, pa.ArrowException, UnicodeDecodeError, OverflowError)
 """What pyarrow raises on damaged files."""
 
+MOST_EXPANSION = 64
+"""A row group may decode to this many times its bytes, and to ``FREE_EXPANSION`` and what its announced items take."""
+
+FREE_EXPANSION = 64 << 20
+"""Bytes."""
+
 _EXTENSIONS: dict[Format, str] = {"parquet": "parquet", "webdataset": "tar"}
 _LOW_64 = (1 << 64) - 1
 
@@ -183,7 +189,7 @@ def _written_shard(path: str, ranges: list[tuple[int, int]], written: list[Any])
 class _ParquetShard:
     def __init__(self, path: str) -> None:
         self.path = path
-        self._writer = parquet_writer(path, SHARD_SCHEMA)
+        self._writer = parquet_writer(path, SHARD_SCHEMA, statistics=False)
 
     def write(self, batch: pa.RecordBatch) -> None:
         table = pa.Table.from_batches([batch], schema=SHARD_SCHEMA)
@@ -234,16 +240,23 @@ def _compact(batch: pa.RecordBatch) -> list[pa.Array]:
     return [pa.concat_arrays([column]) if column.offset else column for column in batch.columns]
 
 
-def parquet_writer(path: str, schema: pa.Schema) -> pq.ParquetWriter:
-    """A writer of plain Parquet with page checksums and no embedded Arrow schema."""
+def parquet_writer(path: str, schema: pa.Schema, statistics: bool = True) -> pq.ParquetWriter:
+    """A writer of plain Parquet with page checksums and no embedded Arrow schema; without ``statistics`` no value
+    stands in the footer."""
     return pq.ParquetWriter(
-        path, schema, compression="zstd", use_dictionary=False, write_page_checksum=True, store_schema=False
+        path,
+        schema,
+        compression="zstd",
+        use_dictionary=False,
+        write_statistics=statistics,
+        write_page_checksum=True,
+        store_schema=False,
     )
 
 
 def write_parquet_table(table: pa.Table, path: str) -> str:
     """Writes a small table, synced to disk; returns its SHA-256."""
-    writer = parquet_writer(path, table.schema)
+    writer = parquet_writer(path, table.schema, statistics=False)
     try:
         writer.write_table(table)
     except BaseException:
@@ -256,32 +269,27 @@ def write_parquet_table(table: pa.Table, path: str) -> str:
 
 
 @contextlib.contextmanager
-def open_parquet(source: Any, schema: pa.Schema, where: str, metadata: Any = None) -> Iterator[pq.ParquetFile]:
-    """A Parquet file (a local path or an open file) whose columns are exactly ``schema``; page checksums are verified
-    on reading.
+def _open_parquet(data: bytes, schema: pa.Schema, where: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file, or the end of one, whose columns are exactly ``schema``; page checksums are verified on reading.
 
-    Raises :class:`FormatError`, naming ``where``, for another schema or a damaged file, FileNotFoundError where there
-    is none.
+    Raises :class:`FormatError`, naming ``where``, for another schema or a damaged file.
     """
+    footer = data[-8 - int.from_bytes(data[-8:-4], "little") :]
+    if b"ARROW:schema" in footer:  # opening such a file would already decode it, extension types included
+        raise FormatError(f"{where}: carries an Arrow schema of its own, which files of a dataset never do")
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True))
-            found = file.metadata.metadata or {}
-            if b"ARROW:schema" in found:
-                raise FormatError(f"{where}: carries an Arrow schema of its own, which files of a dataset never do")
-            is_expected = plain_schema(file.schema_arrow).equals(schema)
-        except FileNotFoundError:
-            raise
+            file = stack.enter_context(pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True))
+            found = file.schema_arrow
         except DAMAGE as error:
             raise FormatError(f"{where}: not a readable Parquet file ({error})") from error
-        if not is_expected:
-            raise FormatError(f"{where}: expected columns {describe(schema)}; found {describe(file.schema_arrow)}")
+        _check_schema(found, schema, where)
         yield file
 
 
-def read_parquet_table(source: Any, schema: pa.Schema, where: str) -> pa.Table:
-    """A whole small table; errors as in :func:`open_parquet`."""
-    with open_parquet(source, schema, where) as file:
+def read_parquet_table(data: bytes, schema: pa.Schema, where: str) -> pa.Table:
+    """A whole small table. Raises :class:`FormatError`, naming ``where``, for another schema or damage."""
+    with _open_parquet(data, schema, where) as file:
         try:
             return file.read()
         except DAMAGE as error:
@@ -290,42 +298,130 @@ def read_parquet_table(source: Any, schema: pa.Schema, where: str) -> pa.Table:
 
 def parse_parquet_tail(tail: bytes, where: str) -> Any:
     """The footer in ``tail``, all of a shard after its last row group. Raises :class:`FormatError`."""
-    with open_parquet(pa.BufferReader(tail), SHARD_SCHEMA, where) as file:
+    with _open_parquet(tail, SHARD_SCHEMA, where) as file:
         return file.metadata
 
 
-def decode_parquet(data: bytes, offset: int, footer: Any, index: int, with_users: bool, where: str) -> pa.RecordBatch:
-    """Row group ``index`` of a Parquet shard from its bytes, which lie at ``offset``. Raises :class:`FormatError`."""
+def decode_parquet(
+    data: bytes, offset: int, footer: Any, index: int, with_users: bool, items: int, where: str
+) -> pa.RecordBatch:
+    """Row group ``index`` of a Parquet shard from its bytes, which lie at ``offset``; ``items`` were announced.
+
+    Raises :class:`FormatError`, before anything is decompressed where that would take much more than was announced.
+    """
     names = SHARD_SCHEMA.names if with_users else ["items"]
     window = pa.PythonFile(_Window(data, offset), "r")
     try:
+        expanded = _expanded_size(data, offset, footer.row_group(index), where)
+        if expanded > MOST_EXPANSION * len(data) + FREE_EXPANSION + 16 * items:
+            raise FormatError(
+                f"{where}: its {len(data):,} bytes expand to {expanded:,}, the index announces {items:,} items"
+            )
         with pq.ParquetFile(window, metadata=footer, page_checksum_verification=True) as file:
             table = file.read_row_group(index, columns=names, use_threads=False)
+        columns = [column.chunk(0) if column.num_chunks == 1 else column.combine_chunks() for column in table.columns]
+        batch = pa.RecordBatch.from_arrays(columns, names=table.column_names)
+        batch.validate(full=True)
     except DAMAGE as error:
         raise FormatError(f"{where}: damaged ({error})") from error
-    columns = [column.chunk(0) if column.num_chunks == 1 else column.combine_chunks() for column in table.columns]
-    return pa.RecordBatch.from_arrays(columns, names=table.column_names)
+    return batch
+
+
+def _expanded_size(data: bytes, offset: int, group: Any, where: str) -> int:
+    """Bytes that a row group takes while it is decoded, as its page headers say, which the decoder goes by.
+
+    Raises :class:`FormatError` where they are not plain data pages.
+    """
+    total = 0
+    for column in map(group.column, range(group.num_columns)):
+        at, values = column.data_page_offset - offset, 0
+        end = at + column.total_compressed_size
+        try:
+            if column.has_dictionary_page or not 0 <= at <= end <= len(data):
+                raise ValueError("its column chunks are not plain data within the row group")
+            while at < end:
+                header, at = _thrift_struct(data, at)
+                kind, size, compressed, page = header[1], header[2], header[3], header[5]
+                if (kind, page[2], page[3], page[4]) != (0, 0, 3, 3) or min(size, compressed, page[1]) < 0:
+                    raise ValueError("a page is not one of plain values")
+                values += page[1]
+                total += size + 8 * page[1]  # levels, and what a null takes
+                at += compressed
+            if at != end or values != column.num_values:
+                raise ValueError("page headers and footer disagree")
+        except (KeyError, IndexError, TypeError, RecursionError, ValueError) as error:
+            raise FormatError(f"{where}: unexpected pages ({type(error).__name__}: {error})") from error
+    return total
+
+
+def _thrift_struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:
+    """A struct of Thrift's compact protocol {field: value}, and where it ends."""
+    fields: dict[int, Any] = {}
+    field = 0
+    while head := data[at]:
+        at, kind = at + 1, head & 15
+        if head >> 4:
+            field += head >> 4
+        else:
+            field, at = _zigzag(data, at)
+        if field in fields:
+            raise ValueError(f"field {field} comes twice")
+        if kind in (1, 2):  # true, false
+            fields[field] = kind == 1
+        elif kind in (4, 5, 6):  # integers
+            fields[field], at = _zigzag(data, at)
+        elif kind == 8:  # bytes
+            size, at = _varint(data, at)
+            fields[field] = data[at : at + size]
+            at += size
+        elif kind == 12:
+            fields[field], at = _thrift_struct(data, at)
+        else:
+            raise ValueError(f"field {field} is of kind {kind}")
+    return fields, at + 1
+
+
+def _zigzag(data: bytes, at: int) -> tuple[int, int]:
+    value, at = _varint(data, at)
+    return value >> 1 ^ -(value & 1), at
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        value |= (data[at] & 127) << shift
+        at += 1
+        if data[at - 1] < 128:
+            return value, at
+    raise ValueError("an integer is longer than 64 bits")
 
 
 def decode_arrow(data: bytes, where: str) -> pa.RecordBatch:
-    """The one batch of an Arrow IPC stream, without copying it. Raises :class:`FormatError`.
-
-    The schema in the stream is never decoded: the batch is read as ``SHARD_SCHEMA`` or not at all.
-    """
+    """The one batch of an Arrow IPC stream, without copying it. Raises :class:`FormatError`."""
     try:
         reader = pa.ipc.MessageReader.open_stream(pa.py_buffer(data))
         schema, message = reader.read_next_message(), reader.read_next_message()
         if schema.type != "schema" or message.type != "record batch":
             raise FormatError(f"{where}: expected a schema and a record batch, found {schema.type} and {message.type}")
+        if b"ARROW:extension:name" in memoryview(schema.metadata).tobytes():  # decoding it could run code
+            raise FormatError(f"{where}: has extension types, which files of a dataset never do")
+        _check_schema(pa.ipc.read_schema(schema), SHARD_SCHEMA, where)
         if _is_compressed(memoryview(message.metadata)):
             raise FormatError(f"{where}: is compressed; expected a plain record batch")
         batch = pa.ipc.read_record_batch(message, SHARD_SCHEMA)
         batch.validate(full=True)
+        for more in reader:
+            raise FormatError(f"{where}: expected one record batch; a {more.type} follows it")
     except StopIteration:
         raise FormatError(f"{where}: the Arrow stream ends early") from None
     except (*DAMAGE, struct.error) as error:
         raise FormatError(f"{where}: expected a batch of {describe(SHARD_SCHEMA)} ({error})") from error
     return batch
+
+
+def _check_schema(found: pa.Schema, expected: pa.Schema, where: str) -> None:
+    if not plain_schema(found).equals(expected):
+        raise FormatError(f"{where}: expected columns {describe(expected)}; found {describe(found)}")
 
 
 def _is_compressed(message: memoryview) -> bool:
