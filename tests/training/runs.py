@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -45,9 +45,18 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def make_dataset(folder: Path, *, seed: int = 0, users: int = 73, shortest: int = 4, items: int = ITEMS) -> Manifest:
+def make_dataset(
+    folder: Path,
+    *,
+    seed: int = 0,
+    users: int = 73,
+    shortest: int = 4,
+    items: int = ITEMS,
+    ids: Literal["auto", "keep", "count"] = "auto",
+) -> Manifest:
     """Users with 4 to 16 items, some without attributes. With the settings above, the last batch of an epoch holds
-    one sample in both stages, so that on several processes all but one have none."""
+    one sample in both stages, so that on several processes all but one have none. Item ids are the raw ones, the same
+    for any seed; with ``ids="count"`` they mean other items."""
     draw = random.Random(seed)
     lengths = [draw.randint(shortest, 16) for _ in range(users)]
     while seed == 0 and sum(min(n - 2, MAX_LENGTH) for n in lengths) % BATCH["pretrain"] != 1:
@@ -59,11 +68,8 @@ def make_dataset(folder: Path, *, seed: int = 0, users: int = 73, shortest: int 
     raw = folder / "raw.txt"
     raw.write_text("".join(f"u{i} {' '.join(map(str, history))}\n" for i, history in enumerate(histories)))
     (folder / "raw_item2attributes.json").write_text(json.dumps(attributes))
-    return prepare(
-        PrepareSettings(
-            source="s3rec", input=str(raw), output=str(folder / "dataset"), rows_per_group=8, groups_per_shard=4
-        )
-    )
+    layout = {"rows_per_group": 8, "groups_per_shard": 4}
+    return prepare(PrepareSettings(source="s3rec", input=str(raw), output=str(folder / "dataset"), ids=ids, **layout))
 
 
 def make_config(dataset: Path, output: Path, **changes: Any) -> Config:

@@ -664,7 +664,7 @@ def test_weights_of_another_shape_are_refused_with_the_tensor_and_the_setting(
 
 
 def test_weights_for_other_items_are_refused(whole: dict[str, Path], tmp_path: Path) -> None:
-    make_dataset(tmp_path / "other", seed=5)
+    make_dataset(tmp_path / "other", ids="count")
     config = make_config(tmp_path / "other" / "dataset", tmp_path, finetune__pretrained=str(whole["pretrain"]))
     with pytest.raises(CheckpointError, match="other items"):
         run("finetune", config)
@@ -672,6 +672,15 @@ def test_weights_for_other_items_are_refused(whole: dict[str, Path], tmp_path: P
     config = make_config(tmp_path / "larger" / "dataset", tmp_path, finetune__pretrained=str(whole["pretrain"]))
     with pytest.raises(CheckpointError, match=r"item_embedding\.weight.*the dataset's items plus two"):
         run("finetune", config)
+
+
+def test_weights_pretrained_on_older_data_with_the_same_items_are_taken_for_newer(
+    whole: dict[str, Path], tmp_path: Path
+) -> None:
+    make_dataset(tmp_path / "newer", seed=5)
+    changes = {"finetune__pretrained": str(whole["pretrain"]), "finetune__epochs": 0}
+    folder = run("finetune", make_config(tmp_path / "newer" / "dataset", tmp_path, **changes))
+    assert_same_weights(folder, whole["pretrain"])
 
 
 def test_a_run_does_not_go_on_with_another_dataset(whole: dict[str, Path], tmp_path: Path) -> None:
