@@ -114,6 +114,8 @@ def _members(file: BinaryIO, bad: Bad) -> Iterator[dict[str, Any]]:
 
 def _refusal(member: tarfile.TarInfo) -> str:
     """Why a member may not be there, or ''."""
+    if not _is_text(member.name):
+        return "a name that is not UTF-8 text"
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return "a path that leads out of the tar"
     if member.issym() or member.islnk():
@@ -121,6 +123,15 @@ def _refusal(member: tarfile.TarInfo) -> str:
     if not member.isreg() or member.issparse():
         return "neither a plain file nor a folder"
     return ""
+
+
+def _is_text(name: str) -> bool:
+    """Whether it can be encoded: tarfile decodes what is not UTF-8 to halves of characters."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Header(tarfile.TarInfo):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import pickle
 import re
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import fsspec
 import numpy as np
 import pytest
 import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from s3rec_dist.data import tars
 from s3rec_dist.data.dataset import Dataset
@@ -253,6 +257,7 @@ class TestRefusals:
             ),
             (header("u1.txt", tarfile.LNKTYPE, "u0.txt"), "'u1.txt': a link, to 'u0.txt', which is not followed"),
             (header("link", tarfile.SYMTYPE, "/etc"), "'link': a link, to '/etc', which is not followed"),
+            (("\udcff.txt", b"1"), "'\\udcff.txt': a name that is not UTF-8 text"),
             (header("u1.txt", tarfile.CHRTYPE), "'u1.txt': neither a plain file nor a folder"),
             (header("u1.txt", tarfile.FIFOTYPE), "'u1.txt': neither a plain file nor a folder"),
             (header("u1.txt", b"Z"), "'u1.txt': neither a plain file nor a folder"),
@@ -298,6 +303,21 @@ class TestDamage:
             (tmp_path / "cut.tgz").write_bytes(zipped[:size])
             with pytest.raises(SourceError, match=r"cut\.tgz: cannot be read: "):
                 read(tmp_path / "cut.tgz")
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.data())
+    def test_bytes_changed_anywhere_give_other_rows_or_an_error_that_names_the_file(self, data: st.DataObject) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = tar(Path(folder) / "a.tar", ("u1.txt", b"1 2 3"), ("u2.npy", npy([1, 2])), ("u3.json", b"[1, 2]"))
+            content = bytearray(path.read_bytes()[: 512 * 8])
+            for _ in range(data.draw(st.integers(1, 3))):
+                content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+            for start in range(0, len(content), 1024):  # headers that are damaged but add up
+                chksum = sum(content[start : start + 148]) + 8 * 32 + sum(content[start + 156 : start + 512])
+                content[start + 148 : start + 156] = b"%06o\0 " % chksum
+            path.write_bytes(content)
+            with contextlib.suppress(SourceError):
+                read(path)
 
     def test_a_damaged_header_is_an_error_not_the_end(self, tmp_path: Path) -> None:
         data = bytearray(tar(tmp_path / "a.tar", ("u1.txt", b"1"), ("u2.txt", b"2")).read_bytes())
