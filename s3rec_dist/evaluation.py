@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -30,7 +31,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import torch
@@ -40,6 +40,7 @@ from s3rec_dist.config import EngineConfig, EvaluationConfig
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.hashing import hash64, key_of, uniform_below
 from s3rec_dist.model.s3rec import S3Rec
+from s3rec_dist.storage import Storage, add_storage_argument, storage_of
 from s3rec_dist.training.engine import start, together
 
 Split = Literal["validation", "test"]
@@ -337,7 +338,7 @@ class GivenNegatives:
         ids = dataset.item_ids()
         place: dict[str, int] = {}
         rows: list[np.ndarray] = []
-        for number, (user, *items) in _lines(path):
+        for number, (user, *items) in _lines(path, dataset.storage):
             where = f"{path}:{number}"
             if user not in known:
                 raise EvaluationError(f"{where}: user {user!r} is not in {dataset.path}; take the line out")
@@ -365,11 +366,11 @@ class GivenNegatives:
         return self.items[[self.place[user] for user in batch.histories.users.to_pylist()]].astype(np.int64)
 
 
-def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
+def _lines(path: str, storage: Storage) -> Iterator[tuple[int, list[str]]]:
     """(line number, words) of the lines that are not blank."""
     try:
-        with fsspec.open(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+        with storage.open(path) as file:
+            for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8"), 1):
                 if words := line.split():
                     yield number, words
     except FileNotFoundError:
@@ -418,7 +419,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[LABEL=]FOLDER",
         help="runs, checkpoints or exported models; several are shown beside each other",
     )
-    parser.add_argument("--dataset", "--data", required=True, metavar="DIR", help="dataset that 's3rec prepare' wrote")
+    parser.add_argument(
+        "--dataset", "--data", required=True, metavar="URL", help="dataset that 's3rec prepare' wrote: folder or URL"
+    )
     parser.add_argument(
         "--split",
         choices=("validation", "test"),
@@ -470,6 +473,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"items scored together, which bounds memory (default: {defaults.item_chunk})",
     )
     add_device_argument(parser)
+    add_storage_argument(parser)
     parser.add_argument("--json", metavar="FILE", help="write the results here as well")
 
 
@@ -506,7 +510,7 @@ def run(args: argparse.Namespace) -> None:
     models = _labelled(args.model)
     device = device_of(args.device)
     with together():
-        dataset = Dataset.open(args.dataset)
+        dataset = Dataset.open(args.dataset, storage_of(args))
     results: dict[str, EvaluationResult] = {}
     entries = []
     is_first = not dist.is_initialized() or dist.get_rank() == 0

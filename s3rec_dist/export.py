@@ -37,6 +37,7 @@ from s3rec_dist.config import Config, ModelConfig, from_dict, to_dict
 from s3rec_dist.data.dataset import Dataset, Manifest
 from s3rec_dist.data.formats import put_in_place, sync_file
 from s3rec_dist.model.s3rec import S3Rec
+from s3rec_dist.storage import add_storage_argument, storage_of
 from s3rec_dist.training.checkpoint import (
     WEIGHTS,
     catalogue_of,
@@ -438,7 +439,11 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``s3rec export``."""
     parser.add_argument("model", metavar="RUN", help="a run (its best checkpoint), a checkpoint, or a model folder")
     parser.add_argument(
-        "--dataset", "--data", required=True, metavar="DIR", help="dataset it was trained on, whose catalogue is copied"
+        "--dataset",
+        "--data",
+        required=True,
+        metavar="URL",
+        help="dataset it was trained on, folder or URL, whose catalogue is copied",
     )
     _add_output_arguments(parser)
 
@@ -453,7 +458,10 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="the .pt file, a plain state dict")
     parser.add_argument(
-        "--dataset", "--data", metavar="DIR", help="dataset with the same ids, for its catalogue (default: none)"
+        "--dataset",
+        "--data",
+        metavar="URL",
+        help="dataset with the same ids, folder or URL, for its catalogue (default: none)",
     )
     parser.add_argument(
         "--heads", type=int, default=2, metavar="N", help="attention heads, which the file does not say (default: 2)"
@@ -464,17 +472,18 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it is a model folder")
+    add_storage_argument(parser)
 
 
 def run_export(args: argparse.Namespace) -> None:
     """``s3rec export``."""
-    export(args.model, Dataset.open(args.dataset), args.output, overwrite=args.overwrite)
+    export(args.model, Dataset.open(args.dataset, storage_of(args)), args.output, overwrite=args.overwrite)
     _report(args.output)
 
 
 def run_import(args: argparse.Namespace) -> None:
     """``s3rec import``."""
-    dataset = Dataset.open(args.dataset) if args.dataset else None
+    dataset = Dataset.open(args.dataset, storage_of(args)) if args.dataset else None
     model = import_reference(args.checkpoint, args.heads, dataset)
     config = dataclasses.replace(Config(), model=model.config)
     write_model(model, args.output, {"stage": "reference"}, config, dataset, overwrite=args.overwrite)

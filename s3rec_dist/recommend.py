@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -39,6 +38,7 @@ from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.formats import DAMAGE, parquet_writer, sync_file
 from s3rec_dist.evaluation import Histories, add_device_argument, device_of, item_vectors, user_vectors
 from s3rec_dist.model.s3rec import S3Rec
+from s3rec_dist.storage import Storage, add_storage_argument, storage_of
 
 SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
 
@@ -126,7 +126,9 @@ def dataset_histories(dataset: Dataset) -> Iterator[Histories]:
         yield Histories(sequences.users, sequences.values, sequences.offsets[:-1], sequences.offsets[1:])
 
 
-def file_histories(path: str, catalogue: Dataset, counts: Counts, *, skip_unknown: bool = False) -> Iterator[Histories]:
+def file_histories(
+    path: str, catalogue: Dataset, counts: Counts, *, skip_unknown: bool = False, storage: Storage | None = None
+) -> Iterator[Histories]:
     """The histories of a Parquet file (see the module's docstring), some thousand at a time.
 
     An item that ``catalogue`` lacks raises :class:`RecommendError` naming file, row and item, or is dropped with
@@ -134,7 +136,7 @@ def file_histories(path: str, catalogue: Dataset, counts: Counts, *, skip_unknow
     """
     known = catalogue.items_table().column("raw").combine_chunks()
     try:
-        with fsspec.open(path, "rb") as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
+        with (storage or Storage()).open(path) as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
             _check_columns(path, file.schema_arrow)
             first_row = 1
             for batch in file.iter_batches(batch_size=_ROWS_READ, columns=["user", "items"]):
@@ -307,11 +309,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset",
         "--data",
-        metavar="DIR",
-        help="dataset whose users are recommended to, and whose catalogue is used (default: the model folder's)",
+        metavar="URL",
+        help="dataset, folder or URL, whose users are recommended to and whose catalogue is used (default: the model "
+        "folder's catalogue)",
     )
     parser.add_argument(
-        "--histories", metavar="FILE", help="Parquet with columns user and items (raw ids, oldest first), used instead"
+        "--histories", metavar="URL", help="Parquet with columns user and items (raw ids, oldest first), used instead"
     )
     parser.add_argument(
         "--unknown-items",
@@ -338,6 +341,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"items scored together, which bounds memory (default: {ITEM_CHUNK})",
     )
     add_device_argument(parser)
+    add_storage_argument(parser)
 
 
 def _positive(text: str) -> int:
@@ -358,9 +362,9 @@ def run(args: argparse.Namespace) -> None:
         raise RecommendError("nobody to recommend to; give --dataset for its users, or --histories for others")
     begin = time.perf_counter()
     device = device_of(args.device)
-    counts = Counts()
+    counts, storage = Counts(), storage_of(args)
     if args.dataset:
-        catalogue = Dataset.open(args.dataset)
+        catalogue = Dataset.open(args.dataset, storage)
         model = load_model(args.model, catalogue)
     else:
         found = open_catalogue(args.model)
@@ -369,7 +373,7 @@ def run(args: argparse.Namespace) -> None:
         catalogue, model = found, load_export(args.model)
     if args.histories:
         skip = args.unknown_items == "skip"
-        histories = file_histories(args.histories, catalogue, counts, skip_unknown=skip)
+        histories = file_histories(args.histories, catalogue, counts, skip_unknown=skip, storage=storage)
     else:
         histories = dataset_histories(catalogue)
     if args.users:
