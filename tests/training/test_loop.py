@@ -703,7 +703,7 @@ def test_a_dataset_that_is_not_named_or_not_there_is_told(tmp_path: Path) -> Non
 def test_a_dataset_that_has_changed_since_its_manifest_is_refused(dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(dataset, tmp_path / "dataset")
     damage(tmp_path / "dataset" / "shards" / "00001.parquet")
-    with pytest.raises(DatasetError, match=r"00001\.parquet: SHA-256"):
+    with pytest.raises(DatasetError, match=r"00001\.parquet: .* another SHA-256"):
         run("pretrain", make_config(tmp_path / "dataset", tmp_path))
     assert not (tmp_path / "pretrain").exists()
 
@@ -712,7 +712,7 @@ def test_a_dataset_that_has_changed_since_its_manifest_is_refused(dataset: Path,
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("changed", "00001.parquet: SHA-256"),
+        ("changed", "another SHA-256 than the manifest says"),
         ("unread", "00001.parquet: no such file"),
         ("streams", "streams=1 cannot be divided over 2 ranks"),
         ("not pretrained", "finetune.pretrained=auto"),
