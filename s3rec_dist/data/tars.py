@@ -83,7 +83,7 @@ def _members(file: BinaryIO, bad: Bad) -> Iterator[dict[str, Any]]:
 
     number, previous, is_read = 0, None, False
     with _damage_is_told():
-        tar = tarfile.open(fileobj=file, mode="r|", bufsize=1 << 20, tarinfo=_Header)  # noqa: SIM115 (file is the caller's)
+        tar = tarfile.open(fileobj=file, mode="r|", tarinfo=_Header)  # noqa: SIM115 (file is the caller's)
     while True:
         with _damage_is_told():
             member = tar.next()
@@ -212,10 +212,10 @@ def _from_npy(data: bytes) -> pa.Array:
         raise ValueError(f"{len(shape)}-D array of {dtype}, expected 1-D of integers or fixed-width strings")
     if not dtype.itemsize or shape[0] * dtype.itemsize != len(data) - file.tell():
         raise ValueError(f"{len(data) - file.tell():,} bytes of data, expected {shape[0]:,} of {dtype}")
-    values = np.load(io.BytesIO(data), allow_pickle=False)
-    if dtype.kind == "S":
-        return _ids([value.decode() for value in values.tolist()])
-    return _ids(values.tolist())
+    values = np.frombuffer(data, dtype, offset=file.tell())
+    if dtype.kind in "iu":
+        return pa.array(values.astype(dtype.newbyteorder("="))).cast(pa.string())
+    return _ids([value.decode() if isinstance(value, bytes) else value for value in values.tolist()])
 
 
 def _from_json(data: bytes, key: str) -> tuple[str, pa.Array]:
