@@ -124,7 +124,8 @@ def add_contents(contents: Iterable[tuple[int, int]]) -> tuple[int, int]:
 def write_shards(
     groups: Iterable[pa.RecordBatch], folder: str, groups_per_shard: int, format: Format = "parquet", prefix: str = ""
 ) -> list[WrittenShard]:
-    """Writes each batch as one row group, ``groups_per_shard`` a file: ``PREFIX00000.parquet`` (or ``.tar``) and on."""
+    """Writes each batch as one row group, ``groups_per_shard`` a file: ``PREFIX00000.parquet`` (or ``.tar``) and on.
+    Batches without rows are left out."""
     os.makedirs(folder, exist_ok=True)
     shards: list[WrittenShard] = []
     writer: _ParquetShard | _TarShard | None = None
@@ -140,6 +141,8 @@ def write_shards(
 
     try:
         for batch in groups:
+            if not batch.num_rows:
+                continue
             if writer is None:
                 name = f"{prefix}{len(shards):05d}.{_EXTENSIONS[format]}"
                 path = os.path.join(folder, name)
@@ -193,7 +196,7 @@ class _ParquetShard:
 
     def write(self, batch: pa.RecordBatch) -> None:
         table = pa.Table.from_batches([batch], schema=SHARD_SCHEMA)
-        self._writer.write_table(table, row_group_size=max(batch.num_rows, 1))
+        self._writer.write_table(table, row_group_size=batch.num_rows)
 
     def close(self) -> list[tuple[int, int]]:
         """(offset, bytes) of each row group, all its column chunks."""

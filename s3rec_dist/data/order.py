@@ -9,6 +9,7 @@ last batch is short, and a rank may have no sample in it.
 
 Datasets are mixed by weight: an epoch takes every sample of a part of weight 2 twice, and of a part of
 weight 0.25 a quarter of the samples, the next quarter in the next epoch, so that four epochs take each once.
+What an epoch takes is rounded to whole samples, at least one, so that all epochs have the same number of steps.
 """
 
 from __future__ import annotations
@@ -23,12 +24,7 @@ from s3rec_dist.hashing import hash64, key_of, uniform_below
 
 MAX_STREAMS = 64
 
-_GROUPS, _WINDOW, _PREFIX, _MIX = (
-    101,
-    102,
-    103,
-    104,
-)  # what a key is for; the stages' reconstruction has keys of 1 and 2
+_GROUPS, _WINDOW, _PREFIX, _MIX = 101, 102, 103, 104  # what a key is for; the stages' reconstruction has 1 and 2
 
 
 class OrderError(ValueError):
@@ -225,7 +221,7 @@ def _slots_of_part(
     """(row groups, first sample, samples) of the visits that an epoch pays to a part: whole passes, then a share that
     goes on where the epoch before left off."""
     total = int(samples.sum())
-    taken = round(total * weight)
+    taken = max(round(total * weight), min(total, 1))
     passes, share = divmod(taken, max(total, 1))
     for number in range(passes):
         yield groups + number * _REPEAT, np.zeros_like(groups), samples

@@ -156,10 +156,11 @@ class Stream:
         by_slot = np.argsort(slots, kind="stable")
         sorted_slots = slots[by_slot]
         starts = np.flatnonzero(np.diff(sorted_slots, prepend=-1))
+        ends = np.append(starts, len(by_slot))[1:]
         visited = sorted_slots[starts]
         groups = self._groups.get(order.groups[visited].tolist())
         pieces, lengths, ids, gone = [], [], [], []
-        for slot, group, start, stop in zip(visited, groups, starts, [*starts[1:], len(by_slot)], strict=True):
+        for slot, group, start, stop in zip(visited, groups, starts, ends, strict=True):
             if not len(group.ends):  # a damaged shard that may be left out
                 gone.append(by_slot[start:stop])
                 continue

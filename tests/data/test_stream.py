@@ -13,15 +13,15 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
+from handmade import EXTENSIONS, FORMATS, Groups, prefixes, random_groups, rows_of, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3rec_dist.data import stream as module
-from s3rec_dist.data.dataset import Dataset, DatasetError, Manifest, RowGroup, Shard
-from s3rec_dist.data.formats import SHARD_SCHEMA, write_parquet_shards
+from s3rec_dist.data.dataset import Dataset, DatasetError
+from s3rec_dist.data.formats import Format
 from s3rec_dist.data.order import OrderError, SampleSpec
 from s3rec_dist.data.prepare import PrepareSettings, prepare
 from s3rec_dist.data.stream import PackedSequences, Stream
@@ -30,54 +30,15 @@ WORLDS = (1, 2, 3, 4, 6, 8)
 ALL = SampleSpec("all_prefixes", max_items=50, min_items=1, holdout=2)
 
 
-def write(folder: Path, groups: list[list[list[int]]], groups_per_shard: int = 2) -> Dataset:
-    """A dataset of these row groups of histories, by the project's own writer."""
-    batches = [
-        pa.record_batch({"user": [f"u{i}" for i in range(len(rows))], "items": rows}, schema=SHARD_SCHEMA)
-        for rows in groups
-    ]
-    shards = write_parquet_shards(batches, str(folder / "shards"), groups_per_shard)
-    histories = [history for rows in groups for history in rows]
-    manifest = Manifest(
-        name="toy",
-        users=len(histories),
-        items=max((item for history in histories for item in history), default=0),
-        attributes=0,
-        interactions=sum(map(len, histories)),
-        shards=tuple(
-            Shard(
-                f"shards/{shard.name}",
-                shard.rows,
-                shard.sha256,
-                tuple(RowGroup(sum(rows for _, rows in counts), counts) for counts in shard.row_groups),
-            )
-            for shard in shards
-        ),
-        files={},
-        preparation={},
-        created_with="tests",
-    )
-    (folder / "manifest.json").write_text(manifest.to_json())
-    return Dataset.open(str(folder))
-
-
-def random_groups(groups: int = 7, rows: int = 12, seed: int = 0, longest: int = 14) -> list[list[list[int]]]:
-    generator = np.random.default_rng(seed)
-    return [
-        [generator.integers(1, 40, generator.integers(3, longest + 1)).tolist() for _ in range(rows)]
-        for _ in range(groups)
-    ]
-
-
 @pytest.fixture(scope="module")
-def groups() -> list[list[list[int]]]:
+def groups() -> Groups:
     return random_groups()
 
 
-@pytest.fixture(scope="module")
-def dataset(groups: list[list[list[int]]], tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+@pytest.fixture(scope="module", params=FORMATS)
+def dataset(groups: Groups, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Dataset:
     """Seven row groups of twelve users, on four shards."""
-    return write(tmp_path_factory.mktemp("stream"), groups)
+    return write(tmp_path_factory.mktemp("stream"), groups, request.param)
 
 
 @pytest.fixture
@@ -86,9 +47,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     indices: list[int] = []
     original = Dataset.read_row_group
 
-    def counted(self: Dataset, index: int) -> Any:
+    def counted(self: Dataset, index: int, with_users: bool = True) -> Any:
         indices.append(index)
-        return original(self, index)
+        return original(self, index, with_users)
 
     monkeypatch.setattr(Dataset, "read_row_group", counted)
     return indices
@@ -124,19 +85,6 @@ def merged(ranks: Iterable[list[Batch]]) -> list[Batch]:
     return [sorted(sample for part in parts for sample in part) for parts in zip(*ranks, strict=True)]
 
 
-def prefixes(histories: list[list[int]], spec: SampleSpec) -> dict[int, dict[int, list[int]]]:
-    """{row: {sample id: items}} of every prefix that the spec allows."""
-    found: dict[int, dict[int, list[int]]] = {}
-    for row, history in enumerate(histories):
-        trained = history[: max(len(history) - spec.holdout, 0)]
-        window = trained[-spec.max_items :]
-        before = len(trained) - len(window)
-        ends = [n for n in range(1, len(window) + 1) if n >= spec.min_items]
-        if ends:
-            found[row] = {row << 24 | before + n: window[:n] for n in ends}
-    return found
-
-
 def check_epoch(epoch: Batch, histories: list[list[int]], spec: SampleSpec) -> None:
     """``epoch`` holds exactly the samples of ``histories``."""
     allowed = prefixes(histories, spec)
@@ -153,7 +101,8 @@ def check_epoch(epoch: Batch, histories: list[list[int]], spec: SampleSpec) -> N
 
 @dataclass
 class Case:
-    groups: list[list[list[int]]]
+    groups: Groups
+    format: Format
     spec: SampleSpec
     options: dict[str, Any]
     chunk: int
@@ -167,6 +116,7 @@ def cases(draw: st.DrawFn) -> Case:
     streams = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 24]))
     return Case(
         draw(st.lists(st.lists(history, max_size=6), max_size=5)),
+        draw(st.sampled_from(FORMATS)),
         SampleSpec(
             draw(st.sampled_from(["all_prefixes", "full_sequence", "one_random_prefix"])),
             max_items=draw(st.integers(1, 8)),
@@ -180,6 +130,7 @@ def cases(draw: st.DrawFn) -> Case:
             "shuffle_window": draw(st.integers(1, 12)),
             "cache_bytes": draw(st.sampled_from([0, 1000, 1 << 28])),
             "prefetch_threads": draw(st.integers(1, 3)),
+            "prefetch_bytes": draw(st.sampled_from([1, 1 << 24])),
         },
         draw(st.sampled_from([1, 16, 16384])),
         draw(st.integers(0, 100)),
@@ -195,7 +146,7 @@ def test_any_epoch_is_the_plain_samples_once_in_the_same_batches_on_any_ranks_an
     worlds = [world for world in WORLDS if case.options["streams"] % world == 0]
     world = data.draw(st.sampled_from(worlds), label="world")
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(module, "CHUNK_SAMPLES", case.chunk):
-        dataset = write(Path(folder), case.groups)
+        dataset = write(Path(folder), case.groups, case.format)
         alone = read(dataset, case.spec, epoch=case.epoch, **case.options)
         check_epoch([sample for batch in alone for sample in batch], histories, case.spec)
         ranks = [
@@ -238,11 +189,7 @@ def test_preparation_and_stream_agree_on_users_rows_and_items(ml100k: Path, tmp_
         )
     )
     dataset = Dataset.open(str(tmp_path / "ml"))
-    histories = [
-        sequences.values[a:b].tolist()
-        for sequences in map(dataset.read_row_group, range(len(dataset.row_groups)))
-        for a, b in pairwise(sequences.offsets)
-    ]
+    histories = [items for _, items in rows_of(dataset)]
     spec = SampleSpec("full_sequence", max_items=51, min_items=2, holdout=2)
     batches = read(dataset, spec, batch_size=100)
     expected = {row << 24 | len(h) - 2: h[-(51 + 2) : -2] for row, h in enumerate(histories) if len(h) >= 4}
@@ -276,7 +223,7 @@ def test_rows_with_fewer_than_min_items_give_no_samples(tmp_path: Path) -> None:
 
 
 def test_a_dataset_without_samples_has_no_batches(tmp_path: Path) -> None:
-    empty: list[list[list[list[int]]]] = [[], [[]], [[[1, 2]], [[1]]]]
+    empty: list[Groups] = [[], [[]], [[[1, 2]], [[1]]]]
     for groups in empty:
         dataset = write(tmp_path / str(len(groups)) / str(sum(map(len, groups))), groups)
         stream = Stream(dataset, ALL, batch_size=4, seed=0)
@@ -293,11 +240,11 @@ def test_a_rank_without_samples_gets_empty_batches_at_every_step(tmp_path: Path)
 
 
 def test_step_and_sample_counts_are_known_before_reading(
-    dataset: Dataset, groups: list[list[list[int]]], monkeypatch: pytest.MonkeyPatch
+    dataset: Dataset, groups: Groups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = sum(len(h) - 2 for rows in groups for h in rows)
     batches = read(dataset)
-    monkeypatch.setattr(Dataset, "read_row_group", lambda self, index: pytest.fail("read"))
+    monkeypatch.setattr(Dataset, "read_row_group", lambda *arguments, **options: pytest.fail("read"))
     stream = Stream(dataset, ALL, batch_size=24, seed=42)
     assert stream.samples_per_epoch == expected == sum(map(len, batches))
     assert stream.steps_per_epoch == len(batches) == -(-expected // 24)
@@ -319,7 +266,7 @@ def test_a_batch_mixes_rows_and_row_groups(dataset: Dataset) -> None:
         assert len({i >> 24 for i, _ in batch}) >= 12  # of 24 samples
 
 
-def test_a_random_prefix_is_another_in_another_epoch(dataset: Dataset, groups: list[list[list[int]]]) -> None:
+def test_a_random_prefix_is_another_in_another_epoch(dataset: Dataset, groups: Groups) -> None:
     spec = SampleSpec("one_random_prefix", max_items=50, min_items=1, holdout=2)
     epochs = [dict(sample for batch in read(dataset, spec, epoch=e) for sample in batch) for e in range(20)]
     assert all(len(epoch) == 84 for epoch in epochs)
@@ -345,16 +292,40 @@ def test_a_cache_that_holds_the_dataset_reads_each_row_group_once_and_without_on
         assert Counter(reads) == {index: times for index in range(7)}
 
 
-def test_a_slow_consumer_is_read_ahead_of_by_a_bounded_number_of_chunks(
-    tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_slow_consumer_is_read_ahead_of_by_a_bounded_number_of_bytes(
+    tmp_path: Path, reads: list[int], monkeypatch: pytest.MonkeyPatch, chunks: int
 ) -> None:
     dataset = write(tmp_path, [[[1, 2, 3]] * 8 for _ in range(30)], groups_per_shard=30)
     monkeypatch.setattr(module, "CHUNK_SAMPLES", 8)
-    stream = Stream(dataset, ALL, batch_size=8, streams=1, seed=0, shuffle_window=8, prefetch_threads=2)
+    spec = SampleSpec("all_prefixes", max_items=1, min_items=1, holdout=2)
+    options: dict[str, Any] = {"batch_size": 8, "streams": 1, "seed": 0, "shuffle_window": 8, "prefetch_threads": 4}
+    samples = 8 * (4 + 4 + 8 + 4)  # an item, an offset, an id, and one offset more for a batch of one
+    stream = Stream(dataset, spec, prefetch_bytes=chunks * samples, **options)
     batches = stream.iterate(0)
     next(batches)
     stream.close()  # waits for what runs
-    assert 1 <= len(reads) <= 3  # the chunk that was asked for and one for each thread
+    assert len(reads) == chunks
+
+
+def test_what_waits_to_be_used_stays_within_the_bytes_that_were_asked_for(tmp_path: Path) -> None:
+    dataset = write(tmp_path, random_groups(40, rows=50, longest=52), groups_per_shard=10)
+    limit = 400_000
+    with mock.patch.object(module, "CHUNK_SAMPLES", 512):
+        stream = Stream(dataset, ALL, batch_size=64, seed=0, shuffle_window=64, prefetch_bytes=limit)
+        packed: list[int] = []
+        pack = stream._pack
+
+        def counted(*arguments: Any) -> list[PackedSequences]:
+            batches = pack(*arguments)
+            packed.append(sum(t.nbytes for b in batches for t in (b.items, b.offsets, b.sample_ids)))
+            return batches
+
+        with mock.patch.object(stream, "_pack", counted):
+            batches = stream.iterate(0)
+            next(batches)
+            stream.close()
+    assert 1 < len(packed) < stream.steps_per_epoch / 8 and sum(packed) <= limit
 
 
 def test_a_rank_reads_only_the_row_groups_of_its_streams(dataset: Dataset, reads: list[int]) -> None:
@@ -384,7 +355,7 @@ def test_closing_ends_the_threads_after_an_epoch_an_early_exit_and_an_error(tmp_
         stream.close()
         stream.close()  # closing again does no harm
         assert set(stream_threads()) == before
-    (tmp_path / "shards" / "00001.parquet").unlink()
+    (tmp_path / "shards/00001.parquet").unlink()
     stream = Stream(Dataset.open(str(tmp_path)), ALL, batch_size=8, seed=0)
     with pytest.raises(DatasetError):
         list(stream.iterate(0))
@@ -411,22 +382,24 @@ def test_two_epochs_may_be_read_at_once(dataset: Dataset) -> None:
     assert [plain(b) for _, b in both] == read(dataset, epoch=1)
 
 
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "another"])
-def test_damage_reaches_the_consumer_and_names_the_file(tmp_path: Path, damage: str) -> None:
-    dataset = write(tmp_path, random_groups())
-    path = tmp_path / "shards" / "00002.parquet"
+def test_damage_reaches_the_consumer_and_names_the_file(tmp_path: Path, format: Format, damage: str) -> None:
+    dataset = write(tmp_path, random_groups(), format)
+    path = tmp_path / f"shards/00002.{EXTENSIONS[format]}"
     content = bytearray(path.read_bytes())
+    own = np.flatnonzero(dataset.index.shard == 2)
     if damage == "missing":
         path.unlink()
     elif damage == "truncated":
-        path.write_bytes(content[:-20])
+        path.write_bytes(content[: dataset.index.offset[own[-1]] + dataset.index.size[own[-1]] - 1])
     elif damage == "flipped":
-        content[60] ^= 1
+        content[dataset.index.offset[own[0]] + 10] ^= 1
         path.write_bytes(content)
     else:
-        path.write_bytes((tmp_path / "shards" / "00000.parquet").read_bytes())
+        path.write_bytes(path.with_stem("00000").read_bytes())
     for rank in (0, 1):
-        with pytest.raises(DatasetError, match=r"shards/00002\.parquet"):
+        with pytest.raises(DatasetError, match=rf"shards/00002\.{EXTENSIONS[format]}"):
             read(dataset, rank=rank, world_size=2)
 
 
@@ -436,7 +409,7 @@ def test_batches_before_the_damage_arrive(tmp_path: Path, monkeypatch: pytest.Mo
     options: dict[str, Any] = {"batch_size": 8, "streams": 1, "shuffle_window": 8, "seed": 5}
     whole = read(dataset, **options)
     last = whole[-1][0][0] >> 24  # a row of the row group that comes last
-    (tmp_path / "shards" / f"{last // 8:05d}.parquet").unlink()
+    (tmp_path / f"shards/{last // 8:05d}.parquet").unlink()
     stream = Stream(Dataset.open(str(tmp_path)), ALL, **options)
     found = []
     with pytest.raises(DatasetError, match=f"{last // 8:05d}"):
