@@ -40,6 +40,7 @@ import glob
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -391,6 +392,8 @@ def run(args: argparse.Namespace) -> None:
 
 def summary(facts: Facts, output: str) -> str:
     """What a person wants to know of a new log, and the command that reads it."""
+    command = ["s3rec", "prepare", "--source", "table", "--input", f"{output}/events"]
+    command += ["--attributes", f"{output}/items.parquet", "--attribute-fields", "category", "tags"]
     lines = [
         output,
         f"  events    {facts.events:>14,}",
@@ -399,7 +402,6 @@ def summary(facts: Facts, output: str) -> str:
         f"  files     {facts.files:>14,}",
         f"  events/s  {facts.events / facts.seconds:>14,.0f}",
         f"  seconds   {facts.seconds:>14.1f}",
-        f"next: s3rec prepare --source table --input {output}/events --attributes {output}/items.parquet "
-        "--attribute-fields category tags --output DATASET",
+        f"next: {shlex.join(command)} --output DATASET",
     ]
     return "\n".join(lines)
