@@ -96,13 +96,18 @@ class StorageConfig:
     """Local folder that keeps what was read from remote datasets; processes of a host may share it. Empty: none."""
     cache_mb: int = 10240
     """Size limit of ``cache_dir``, in MiB; what was used least recently goes first."""
+    scratch_dir: str = ""
+    """Local folder for what is on its way to remote storage or from it; empty takes the system's for temporary files.
+    Checkpoints of a run on remote storage are written there first."""
 
     def __post_init__(self) -> None:
         _at_least("storage.retries", self.retries, 0)
         _at_least("storage.timeout_s", self.timeout_s, 1)
         _at_least("storage.cache_mb", self.cache_mb, 1)
-        if "://" in self.cache_dir or "::" in self.cache_dir:
-            raise ConfigError(f"storage.cache_dir={self.cache_dir!r}: expected a local folder")
+        for name in ("cache_dir", "scratch_dir"):
+            folder = getattr(self, name)
+            if "://" in folder or "::" in folder:
+                raise ConfigError(f"storage.{name}={folder!r}: expected a local folder")
 
 
 @dataclass(frozen=True, kw_only=True)

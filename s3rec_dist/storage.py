@@ -18,8 +18,10 @@ import os
 import random
 import re
 import shutil
+import socket
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -27,10 +29,11 @@ import fsspec
 
 from s3rec_dist.config import StorageConfig, load_config
 
+T = TypeVar("T")
 Result = TypeVar("Result")
 
-UPLOADS = 8
-"""Files written to remote storage at a time."""
+TRANSFERS = 8
+"""Files on their way to remote storage or from it at a time."""
 
 _ALIASES = {"local": "file", "gcs": "gs", "s3a": "s3", "s3n": "s3"}
 _EXTRAS = {"s3": "s3", "gs": "gs", "hf": "hf"}
@@ -228,29 +231,78 @@ class Storage:
 
         self._retry(url, put)
 
-    def download(self, url: str, path: str) -> None:
-        """Copies a file to a local path, whole or not at all."""
-        with self.open(url) as source, open(f"{path}.partial", "wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-        os.replace(f"{path}.partial", path)
+    def download(self, url: str, path: str, *, size: int | None = None, sha256: str = "") -> None:
+        """Copies a file to a local path, whole or not at all. Raises :class:`DamagedFile` where it has other than
+        ``size`` bytes or another SHA-256 than ``sha256``, as far as these are given."""
+        is_remote = self.local(url) is None
+        draft = f"{path}.partial"
+        try:
+            for attempt in range(1 + is_remote):  # bytes that the network spoilt are right the second time
+                digest, written = hashlib.sha256(), 0
+                with open(draft, "wb") as file:
+                    for block in self._blocks(url):
+                        written += file.write(block)
+                        digest.update(block)
+                if attempt == is_remote or sha256 in ("", digest.hexdigest()):
+                    break
+            _compare(url, written, digest.hexdigest(), size, sha256)
+            os.replace(draft, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(draft)
+
+    @contextlib.contextmanager
+    def at_hand(self, url: str, *, size: int | None = None, sha256: str = "") -> Iterator[str]:
+        """A local path to read a file from, checked as in :meth:`download`: its own, or a copy's that is gone when the
+        block ends."""
+        if (path := self.local(url)) is not None:
+            found = os.stat(path).st_size
+            _compare(url, found, self.sha256(url) if sha256 and size in (None, found) else "", size, sha256)
+            yield path
+            return
+        with tempfile.TemporaryDirectory(prefix="s3rec-", dir=self.config.scratch_dir or None) as folder:
+            path = os.path.join(folder, url.rsplit("/", 1)[-1])
+            self.download(url, path, size=size, sha256=sha256)
+            yield path
+
+    def scratch(self, url: str) -> str:
+        """Where files wait on their way to ``url`` or from it: a local path of this user and host, the same for all of
+        its processes. Whoever comes first makes the folder."""
+        name = hashlib.sha256(f"{socket.gethostname()} {url}".encode()).hexdigest()[:16]
+        return os.path.join(self.config.scratch_dir or tempfile.gettempdir(), f"s3rec-{os.getuid()}-{name}")
 
     def publish(self, folder: str, url: str, last: str = "manifest.json") -> None:
         """Copies a local folder to ``url``, the file ``last`` after all others: until it is there, nobody sees them."""
-        files = [
-            os.path.relpath(os.path.join(where, name), folder).replace(os.sep, "/")
-            for where, _, names in os.walk(folder)
-            for name in names
-        ]
-        with ThreadPoolExecutor(UPLOADS, thread_name_prefix="s3rec-upload") as pool:
-            uploads = [
-                pool.submit(self.upload, os.path.join(folder, name), f"{url}/{name}")
-                for name in sorted(files)
-                if name != last
-            ]
-            for upload in uploads:
-                upload.result()
-        if last in files:
+        names = files_below(folder)
+        in_parallel(lambda name: self.upload(os.path.join(folder, name), f"{url}/{name}"), set(names) - {last})
+        if last in names:
             self.upload(os.path.join(folder, last), f"{url}/{last}")
+
+    def move(self, url: str, target: str, last: str = "manifest.json") -> None:
+        """Copies a folder of remote storage, compares the sizes and removes it; whoever dies meanwhile leaves it whole
+        in one of the two places at least. Files named ``last`` come after all others there, and go first here."""
+        filesystem, source = self._remote(url)
+        _, destination = self._remote(target)
+        source = source.rstrip("/")
+
+        def sizes(path: str) -> dict[str, int]:
+            filesystem.invalidate_cache()
+            found = self._retry(url, lambda: filesystem.find(path, detail=True))
+            return {name[len(path) :].lstrip("/"): entry["size"] for name, entry in found.items()}
+
+        def copy(name: str) -> None:
+            there = f"{destination}/{name}"
+            filesystem.makedirs(there.rpartition("/")[0], exist_ok=True)
+            self._retry(url, lambda: filesystem.cp_file(f"{source}/{name}", there))
+
+        before = sizes(source)
+        ends = {name for name in before if name.rpartition("/")[2] == last}
+        in_parallel(copy, before.keys() - ends)
+        in_parallel(copy, ends)
+        if sizes(destination) != before:
+            raise StorageError(f"{url}: not all of it arrived at {target}; it is still where it was")
+        in_parallel(lambda name: self.remove(f"{url}/{name}"), ends)
+        self.remove(url)
 
     def remove(self, url: str) -> None:
         """Removes a file or a folder with all that is in it; nothing where it does not exist."""
@@ -325,6 +377,28 @@ class Storage:
 
 class _ShortRead(OSError):
     """Fewer bytes than asked for."""
+
+
+def in_parallel(call: Callable[[T], Result], items: Iterable[T]) -> list[Result]:
+    """``call(item)`` for each of the items, several at a time; the first failure keeps the rest from starting."""
+    with ThreadPoolExecutor(TRANSFERS, thread_name_prefix="s3rec-transfer") as pool:
+        try:
+            return list(pool.map(call, items))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def files_below(folder: str) -> list[str]:
+    """Relative paths of the files in a local folder and its subfolders, sorted; links are left out."""
+    found = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
+    return sorted(os.path.relpath(path, folder) for path in found if not os.path.islink(path))
+
+
+def _compare(url: str, found: int, digest: str, size: int | None, sha256: str) -> None:
+    if size not in (None, found):
+        raise DamagedFile(f"{url}: has {found:,} bytes, its manifest says {size:,}")
+    if sha256 not in ("", digest):
+        raise DamagedFile(f"{url}: SHA-256 is {digest}, its manifest says {sha256}")
 
 
 class RangeCache:
