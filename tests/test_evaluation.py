@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from s3rec_dist import __main__ as cli
 from s3rec_dist.config import Config, EvaluationConfig, ModelConfig
-from s3rec_dist.data.dataset import Dataset, RowGroup
+from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.prepare import PrepareSettings, prepare
 from s3rec_dist.evaluation import (
     EvaluationError,
@@ -73,7 +73,7 @@ def prepared(folder: Path, rows: dict[str, list[int]]) -> Dataset:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     dataset = prepared(tmp_path_factory.mktemp("toy"), toy_rows())
-    assert dataset.n_items == N_ITEMS and len(dataset.row_groups) == 6
+    assert dataset.n_items == N_ITEMS and len(dataset.index) == 6
     return dataset
 
 
@@ -90,7 +90,7 @@ def model() -> S3Rec:
 def rows_of(dataset: Dataset) -> list[tuple[str, list[int]]]:
     """(user, item ids) of every row, in order."""
     rows = []
-    for index in range(len(dataset.row_groups)):
+    for index in range(len(dataset.index)):
         group = dataset.read_row_group(index)
         parts = [group.values[a:b].tolist() for a, b in itertools.pairwise(group.offsets)]
         rows += list(zip(group.users.to_pylist(), parts, strict=True))
@@ -342,8 +342,9 @@ def test_ranks_share_the_rows_without_overlap_and_evenly(dataset: Dataset, world
 
 
 def fake(rows: int, shortest: int) -> Any:
-    groups = [(0, 0, 0, RowGroup(rows, ((shortest, rows),)))] if rows else []
-    return types.SimpleNamespace(path="data/toy", n_rows=rows, row_groups=groups)
+    lengths = np.array([shortest]), np.array([rows])
+    index = types.SimpleNamespace(first_row=np.array([0, rows]), length_counts=lambda group: lengths)
+    return types.SimpleNamespace(path="data/toy", n_rows=rows, index=index)
 
 
 def test_sequences_too_short_to_hold_out_from_are_refused() -> None:
