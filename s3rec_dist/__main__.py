@@ -90,6 +90,28 @@ COMMANDS = {
                 --min-user-count 5 --min-item-count 5 --output data/shop""",
         build=_defined_in("s3rec_dist.data.prepare"),
     ),
+    "inspect": Command(
+        summary="show what is in a dataset, and check it",
+        description="""
+            Prints a dataset's counts, lengths, item popularity, attribute coverage, shards and what its preparation
+            left out, and checks its files: their sizes, or with --verify every hash and every row. Lists all that is
+            wrong, and then ends with status 1.""",
+        example="""
+            s3rec inspect data/beauty
+            s3rec inspect s3://bucket/beauty --verify --json beauty.json""",
+        build=_defined_in("s3rec_dist.data.inspect"),
+    ),
+    "convert": Command(
+        summary="rewrite a dataset in another format or shard size",
+        description="""
+            Rewrites a dataset as Parquet or as tars that the webdataset library reads, or with other row groups and
+            shards. Rows, their order and ids stay; rows that an append has replaced are left out. Reads and writes
+            local folders and remote storage, and compares the result with what it read.""",
+        example="""
+            s3rec convert data/beauty --output data/beauty-tars --format webdataset
+            s3rec convert data/shop --output s3://bucket/shop --rows-per-group 16384 --groups-per-shard 16""",
+        build=_defined_in("s3rec_dist.data.convert"),
+    ),
     "pretrain": Command(
         summary="pretrain the encoder with the four self-supervised tasks",
         description="""
@@ -257,6 +279,10 @@ def _normalised(arguments: list[str]) -> list[str]:
 
 
 def _fail(message: str) -> int:
+    if "://" in message:
+        from s3rec_dist.storage import hide
+
+        message = hide(message)
     rank = f" (rank {os.environ.get('RANK', '?')})" if int(os.environ.get("WORLD_SIZE") or 1) > 1 else ""
     print(f"s3rec: error{rank}: {message}", file=sys.stderr)
     return 2

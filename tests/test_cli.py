@@ -15,11 +15,14 @@ import pytest
 import yaml
 
 from s3rec_dist import __main__ as cli
-from s3rec_dist.config import Config, from_dict, load_config, to_yaml
+from s3rec_dist.config import Config, StorageConfig, from_dict, load_config, to_yaml
+from s3rec_dist.storage import StorageError, storage_of
 
 STAGES = ("pretrain", "finetune")
 MODULES = {
     "prepare": "s3rec_dist.data.prepare",
+    "inspect": "s3rec_dist.data.inspect",
+    "convert": "s3rec_dist.data.convert",
     "evaluate": "s3rec_dist.evaluation",
     "recommend": "s3rec_dist.recommend",
     "export": "s3rec_dist.export",
@@ -63,7 +66,8 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
 
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert list(cli.COMMANDS) == [
-        "prepare", "pretrain", "finetune", "evaluate", "recommend", "export", "import", "bench", "synth",
+        "prepare", "inspect", "convert", "pretrain", "finetune", "evaluate", "recommend", "export", "import", "bench",
+        "synth",
     ]  # fmt: skip
 
 
@@ -153,7 +157,7 @@ def test_options_may_be_written_with_underscores(capsys: pytest.CaptureFixture[s
     ("arguments", "message"),
     [
         (["pretran"], "unknown command 'pretran'; did you mean pretrain?"),
-        (["zzz"], "unknown command 'zzz'; commands: prepare, pretrain"),
+        (["zzz"], "unknown command 'zzz'; commands: prepare, inspect"),
         (["pretrain", "pretrain.epoch=3"], "unknown setting pretrain.epoch; did you mean pretrain.epochs?"),
         (["finetune", "finetune.loss=hinge"], "finetune.loss='hinge': expected one of bce, bpr, ce"),
         (["pretrain", "configs/beauty.yaml"], "argument 'configs/beauty.yaml': expected key=value"),
@@ -191,6 +195,84 @@ def test_an_error_in_a_distributed_run_names_its_rank(
     monkeypatch.setenv("RANK", "2")
     assert cli.main(["pretrain", "sed=3"]) == 2
     assert capsys.readouterr().err.startswith("s3rec: error (rank 2): ")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://AKIA1:hunter2hunter2@bucket/data", "s3://***@bucket/data/manifest.json: the URL carries credentials"),
+        ("s3://bucket/data?X-Amz-Signature=hunter2hunter2", "the URL carries credentials"),
+        ("simplecache::s3://AKIA1:hunter2hunter2@bucket/data", "chained URLs are refused"),
+        ("https://AKIA1:hunter2hunter2@host/data", "protocol 'https' is not allowed"),
+        ("memory://nowhere", "memory://nowhere/manifest.json: no such file"),
+        ("pipe:cat manifest.json", "pipe: is not a storage"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_a_url_that_cannot_be_used_is_named_without_its_secrets(
+    command: str, url: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = ["--output", str(tmp_path / "new")] if command == "convert" else []
+    assert cli.main([command, url, *output]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.startswith("s3rec: error: ") and captured.err.count("\n") == 1
+    assert "hunter2" not in captured.out + captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "module", "extra"), [("gs://bucket/data", "gcsfs", "gs"), ("hf://datasets/a/b", "huggingface_hub", "hf")]
+)
+def test_a_storage_whose_package_is_missing_names_what_to_install(
+    url: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(["inspect", url]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"s3rec: error: {url}/manifest.json: needs a package") and error.count("\n") == 1
+    assert error.endswith(f"pip install 's3rec-dist[{extra}]'\n")
+
+
+def test_no_error_shows_the_secrets_of_a_url(failing: type, capsys: pytest.CaptureFixture[str]) -> None:
+    failing.error = StorageError("s3://AKIA1:hunter2hunter2@bucket/x?token=hunter2hunter2 failed")
+    assert cli.main(["bench"]) == 2
+    assert capsys.readouterr().err == "s3rec: error: s3://***@bucket/x?token=*** failed\n"
+
+
+STORAGE_COMMANDS = {
+    "inspect": ["DATA"],
+    "convert": ["DATA", "--output", "new"],
+    "evaluate": ["--model", "run", "--dataset", "DATA"],
+    "recommend": ["run", "--dataset", "DATA", "--output", "new"],
+    "export": ["run", "--dataset", "DATA", "--output", "new"],
+    "import": ["--checkpoint", "file.pt", "--dataset", "DATA", "--output", "new"],
+}
+
+
+@pytest.mark.parametrize("command", STORAGE_COMMANDS)
+def test_storage_settings_may_stand_after_the_other_arguments_before_an_option_and_twice(command: str) -> None:
+    parser, _ = cli.parser_of(command)
+    arguments = STORAGE_COMMANDS[command]
+    settings = ["--storage", "retries=2", "cache_dir=/tmp/a=b", "--storage", "timeout_s=5"]
+    options = [i for i, argument in enumerate(arguments) if argument.startswith("--")]
+    for place in (*options, len(arguments)):
+        args = parser.parse_intermixed_args([*arguments[:place], *settings, *arguments[place:]])
+        config = storage_of(args).config
+        assert (config.retries, config.cache_dir, config.timeout_s) == (2, "/tmp/a=b", 5.0)
+    assert storage_of(parser.parse_intermixed_args(arguments)).config == StorageConfig()
+
+
+def test_an_argument_that_storage_would_swallow_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for dataset in ("data/beauty", "s3://bucket/day=1/beauty"):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(["inspect", "--storage", "retries=2", dataset])
+        assert exit.value.code == 2
+        assert f"argument --storage: {dataset!r}: expected key=value" in capsys.readouterr().err
+
+
+def test_an_unknown_storage_setting_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "data/beauty", "--storage", "retrys=2"]) == 2
+    assert "unknown setting storage.retrys; did you mean storage.retries?" in capsys.readouterr().err
 
 
 def test_control_c_ends_with_status_130(failing: type) -> None:
