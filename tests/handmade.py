@@ -72,7 +72,7 @@ def rows_of(dataset: Dataset) -> list[tuple[str, list[int]]]:
     return rows
 
 
-def change_manifest(folder: Path, **changes: Any) -> None:
+def change_manifest(folder: Path, /, **changes: Any) -> None:
     """Writes other fields into the manifest."""
     path = folder / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -80,10 +80,14 @@ def change_manifest(folder: Path, **changes: Any) -> None:
 
 def change_index(folder: Path, **changes: Any) -> None:
     """Writes other fields into the index, which the manifest then vouches for."""
-    path = folder / "index.parquet"
-    index = dataclasses.replace(Index.from_table(pq.read_table(path)), **changes)
+    index = Index.from_table(pq.read_table(folder / "index.parquet"))
+    replace_table(folder, "index.parquet", dataclasses.replace(index, **changes).to_table())
+
+
+def replace_table(folder: Path, name: str, table: pa.Table) -> None:
+    """Writes another table in the place of one, which the manifest then vouches for."""
     files = json.loads((folder / "manifest.json").read_text())["files"]
-    change_manifest(folder, files={**files, path.name: write_parquet_table(index.to_table(), str(path))})
+    change_manifest(folder, files={**files, name: write_parquet_table(table, str(folder / name))})
 
 
 def replace_shard(folder: Path, data: bytes, ranges: Sequence[tuple[int, int]] | None = None) -> None:
