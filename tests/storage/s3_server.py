@@ -72,7 +72,7 @@ def serve_s3(folder: Path) -> Iterator[S3Server]:
     server = S3Server(endpoint=f"http://{address}", folder=folder)
     hashed = f':hasher,remote="{folder}",hashes=md5,max_age=off:'  # or each request hashes its whole file for the ETag
     command = [program, "serve", "s3", hashed, "--addr", address, "--auth-key", f"{server.key},{server.secret}"]
-    command += ["--config", "", "--cache-dir", f"{folder}.cache", "--dir-cache-time", "0s", "--buffer-size", "0"]
+    command += ["--config", "", "--cache-dir", f"{folder}.cache", "--dir-cache-time", "1ms", "--buffer-size", "0"]
     command += ["--log-level", "ERROR"]
     # The shell ends the server when its input closes, which it does however this process ends.
     script = f"{shlex.join(command)} & server=$!; cat; kill $server; wait $server"
