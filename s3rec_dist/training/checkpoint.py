@@ -9,18 +9,21 @@
       latest, best            the tag's name
 
 A tag is written as ``.writing-TAG``, synced to disk, hashed, and renamed when every rank is done; then
-``latest`` and ``best`` move, each by a rename. Loading trusts only what matches the manifest: a damaged tag
-is passed over, with a word about it, for the newest whole one.
+``latest`` and ``best`` move, each by a rename. On other storage, where nothing can be renamed, every rank uploads
+what it wrote, and the manifest follows last: a tag without one is not there. Old tags lose it first. Loading trusts
+only what matches the manifest: a damaged tag is passed over, with a word about it, for the newest whole one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.formats import sha256_of, sync_file
+from s3rec_dist.storage import DamagedFile, Storage, in_parallel
 from s3rec_dist.training.engine import Engine, gather, on_rank_zero, together
 
 FOLDER = "checkpoints"
@@ -42,10 +46,54 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class Remote:
+    """Storage that checkpoints are kept in, where that is not the local folder: it then holds them on their way."""
+
+    url: str
+    """Their folder there."""
+    storage: Storage
+    leads_host: bool
+    """Whether this process is the one of its host that makes and fills the local folder."""
+
+    def upload(self, draft: Path, tag: str, names: Iterable[str]) -> None:
+        """Moves files of a tag from the local ``draft`` to their place."""
+
+        def move(name: str) -> None:
+            self.storage.upload(str(draft / name), f"{self.url}/{tag}/{name}")
+            (draft / name).unlink()
+
+        in_parallel(move, names)
+
+    def fetch(self, tag: str, target: Path) -> dict[str, Any]:
+        """Copies a tag to ``target`` and returns its state. Where it is damaged, raises :class:`CheckpointError` and
+        leaves nothing."""
+        folder = f"{self.url}/{tag}"
+        try:
+            with _told_as_damage():
+                in_parallel(lambda file: self._download(folder, target, *file), _files_of(folder, self.storage).items())
+            return _read_json(str(target / STATE), Storage())
+        except BaseException:
+            shutil.rmtree(target, ignore_errors=True)
+            raise
+
+    def _download(self, folder: str, target: Path, name: str, expected: Mapping[str, Any]) -> None:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        self.storage.download(f"{folder}/{name}", str(target / name), size=expected["bytes"], sha256=expected["sha256"])
+
+    def remove(self, tag: str) -> None:
+        """Removes a tag. However far this comes, what is left is no tag."""
+        self.storage.remove(f"{self.url}/{tag}/{MANIFEST}")
+        self.storage.remove(f"{self.url}/{tag}")
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A whole checkpoint."""
 
     folder: Path
+    """Where its files can be read on this host."""
+    source: str
+    """Where it is kept, a path or URL."""
     state: dict[str, Any]
     """Its state.json."""
     damaged: tuple[str, ...] = ()
@@ -57,8 +105,17 @@ def tag_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(engine: Engine, folder: Path, state: Mapping[str, Any], *, keep: int, best: str | None = None) -> Path:
-    """Writes the tag of ``state["step"]`` into ``folder``, then removes all but the ``keep`` newest and ``best``.
+def save(
+    engine: Engine,
+    folder: Path,
+    state: Mapping[str, Any],
+    *,
+    keep: int,
+    best: str | None = None,
+    remote: Remote | None = None,
+) -> str:
+    """Writes the tag of ``state["step"]`` into ``folder``, or by way of it to ``remote``, then removes all but the
+    ``keep`` newest and ``best``; returns the tag.
 
     All ranks call it, with the same arguments. Raises :class:`CheckpointError` on every rank where a write
     fails on one, or a weight is not a finite number; earlier checkpoints and ``latest`` are untouched then.
@@ -69,7 +126,8 @@ def save(engine: Engine, folder: Path, state: Mapping[str, Any], *, keep: int, b
     with together():
         _check_finite(weights, tag)
     try:
-        on_rank_zero(lambda: _make_room(folder, draft))
+        with together():
+            _make_room(folder, draft, tag, engine.world.rank, remote)
         hashes: dict[str, dict[str, Any]] = {}
         with together():
             for path in engine.save_shards(draft / SHARDS):
@@ -80,16 +138,19 @@ def save(engine: Engine, folder: Path, state: Mapping[str, Any], *, keep: int, b
                 sync_file(str(draft / WEIGHTS))
                 _write(draft / STATE, json.dumps(dict(state), indent=1))
                 hashes |= {name: describe(draft / name) for name in (WEIGHTS, STATE)}
+            if remote is not None:
+                remote.upload(draft, tag, hashes)
         files = {name: entry for part in gather(hashes) for name, entry in part.items()}
-        on_rank_zero(lambda: _publish(folder, draft, tag, files, keep, best))
+        on_rank_zero(lambda: _publish(folder, draft, tag, files, keep, best, remote))
     except Exception as error:
-        if engine.world.rank == 0:
+        if engine.world.rank == 0 if remote is None else remote.leads_host:
             shutil.rmtree(draft, ignore_errors=True)
+        remedy = "make room or repair the disk" if remote is None else "see to the storage"
         raise CheckpointError(
-            f"{folder}: could not write checkpoint {tag}: {error}. Earlier checkpoints are whole; "
-            "make room or repair the disk, and run the command again to go on from the newest"
+            f"{remote.url if remote else folder}: could not write checkpoint {tag}: {error}. Earlier checkpoints are "
+            f"whole; {remedy}, and run the command again to go on from the newest"
         ) from error
-    return folder / tag
+    return tag
 
 
 def _check_finite(weights: Mapping[str, torch.Tensor], tag: str) -> None:
@@ -102,38 +163,62 @@ def _check_finite(weights: Mapping[str, torch.Tensor], tag: str) -> None:
             )
 
 
-def _make_room(folder: Path, draft: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in [*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_OLD}*")]:
-        shutil.rmtree(leftover)
-    (draft / SHARDS).mkdir(parents=True)
+def _make_room(folder: Path, draft: Path, tag: str, rank: int, remote: Remote | None) -> None:
+    """Makes the draft's folder, and clears away what saves that were killed have left."""
+    if remote is None and rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in [*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_OLD}*")]:
+            shutil.rmtree(leftover)
+        (draft / SHARDS).mkdir(parents=True)
+    if remote is not None and remote.leads_host:
+        shutil.rmtree(folder, ignore_errors=True)  # a draft, or the tag that the run has gone on from
+        (draft / SHARDS).mkdir(parents=True)
+    if remote is not None and rank == 0:
+        for other in _tags(remote.url, remote.storage):
+            if other == tag or not remote.storage.exists(f"{remote.url}/{other}/{MANIFEST}"):
+                remote.remove(other)
 
 
-def _publish(folder: Path, draft: Path, tag: str, files: Mapping[str, Any], keep: int, best: str | None) -> None:
-    manifest = {"format": _FORMAT, "version": 1, "files": dict(sorted(files.items()))}
-    _write(draft / MANIFEST, json.dumps(manifest, indent=1))
-    sync_file(str(draft / SHARDS))
-    sync_file(str(draft))
-    target = folder / tag
-    if target.exists():  # an earlier run's, passed over as damaged
-        target.rename(folder / f"{_OLD}{tag}")
-    draft.rename(target)
-    sync_file(str(folder))
-    _point(folder / "latest", tag)
+def _publish(
+    folder: Path,
+    draft: Path,
+    tag: str,
+    files: Mapping[str, Any],
+    keep: int,
+    best: str | None,
+    remote: Remote | None,
+) -> None:
+    manifest = json.dumps({"format": _FORMAT, "version": 1, "files": dict(sorted(files.items()))}, indent=1)
+    if remote is None:
+        _write(draft / MANIFEST, manifest)
+        sync_file(str(draft / SHARDS))
+        sync_file(str(draft))
+        target = folder / tag
+        if target.exists():  # an earlier run's, passed over as damaged
+            target.rename(folder / f"{_OLD}{tag}")
+        draft.rename(target)
+        sync_file(str(folder))
+    else:
+        remote.storage.write(f"{remote.url}/{tag}/{MANIFEST}", f"{manifest}\n".encode())
+    _point(folder, "latest", tag, remote)
     if best is not None:
-        _point(folder / "best", best)
+        _point(folder, "best", best, remote)
+    tags = _tags(remote.url, remote.storage) if remote else _tags(str(folder), Storage())
     # Tags after this one come from steps that are being trained again.
-    others = [t for t in _tags(folder) if t > tag] + [t for t in _tags(folder) if t <= tag][keep:]
-    for other in others:
-        if other != best:
+    for other in [t for t in tags if t > tag] + [t for t in tags if t <= tag][keep:]:
+        if other == best:
+            continue
+        if remote is None:
             old = folder / f"{_OLD}{other}"
             (folder / other).rename(old)
             shutil.rmtree(old)
+        else:
+            remote.remove(other)
 
 
-def _tags(folder: Path) -> list[str]:
+def _tags(folder: str, storage: Storage) -> list[str]:
     """Tags, newest first."""
-    return sorted((path.name for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+    return sorted((name for name in storage.names(folder) if name.startswith("step-")), reverse=True)
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -148,74 +233,112 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _point(path: Path, tag: str) -> None:
+def _point(folder: Path, name: str, tag: str, remote: Remote | None) -> None:
     """Moves ``latest`` or ``best`` to another tag, atomically."""
-    draft = path.with_name(f".{path.name}")
+    if remote is not None:
+        remote.storage.write(f"{remote.url}/{name}", f"{tag}\n".encode())
+        return
+    draft = folder / f".{name}"
     try:
         _write(draft, tag)
-        draft.replace(path)
+        draft.replace(folder / name)
     finally:
         draft.unlink(missing_ok=True)
-    sync_file(str(path.parent))
+    sync_file(str(folder))
 
 
-def newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint, the same on all ranks; None where there has never been one.
+def newest(folder: Path, remote: Remote | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint, the same on all ranks; None where there has never been one. From ``remote`` it is
+    copied into ``folder``, once on every host.
 
     Raises :class:`CheckpointError` where there are checkpoints but none is whole: starting over would hide it.
     """
-    return on_rank_zero(lambda: _newest(folder))
+    found = on_rank_zero(lambda: _newest(folder, remote))
+    if found is None or remote is None:
+        return found
+    here = folder / found.folder.name  # hosts may have their folders for temporary files at different places
+    with together():
+        if remote.leads_host and not here.exists():
+            remote.fetch(here.name, here)
+    return dataclasses.replace(found, folder=here)
 
 
-def _newest(folder: Path) -> Checkpoint | None:
+def _newest(folder: Path, remote: Remote | None) -> Checkpoint | None:
+    place, storage = (remote.url, remote.storage) if remote else (str(folder), Storage())
     damaged: list[str] = []
-    for tag in _tags(folder):
+    for tag in _tags(place, storage):
         try:
-            state = verify(folder / tag)
+            state = remote.fetch(tag, folder / tag) if remote else verify(f"{folder}/{tag}")
         except CheckpointError as error:
             damaged.append(str(error))
         else:
-            return Checkpoint(folder / tag, state, tuple(damaged))
-    if damaged:
-        raise CheckpointError(
-            f"{folder}: no checkpoint is whole; restore one, or start over with --no_resume:\n  " + "\n  ".join(damaged)
-        )
+            return Checkpoint(folder / tag, f"{place}/{tag}", state, tuple(damaged))
+    if damaged and (remote is None or storage.exists(f"{place}/latest")):  # else they are uploads that were cut short
+        raise _none_is_whole(place, damaged)
     return None
 
 
-def verify(folder: Path, names: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Compares a checkpoint's files (those in ``names``, or all) with its manifest and returns its state.
-
-    Raises :class:`CheckpointError` naming the file that is missing or differs.
-    """
-    manifest = _read_json(folder / MANIFEST)
-    if manifest.get("format") != _FORMAT or manifest.get("version") != 1 or STATE not in manifest.get("files", {}):
-        raise CheckpointError(f"{folder / MANIFEST}: not the manifest of a checkpoint that this version writes")
-    for name, expected in manifest["files"].items():
-        if not names or name in names:
-            _verify_file(folder / name, expected)
-    return _read_json(folder / STATE)
+def _none_is_whole(folder: str, damaged: Iterable[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: no checkpoint is whole; restore one, or start over with --no_resume:\n  " + "\n  ".join(damaged)
+    )
 
 
-def _verify_file(path: Path, expected: Mapping[str, Any]) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is missing")
-    if path.stat().st_size != expected["bytes"]:
-        raise CheckpointError(f"{path}: has {path.stat().st_size} bytes, its manifest says {expected['bytes']}")
-    if (found := sha256_of(str(path))) != expected["sha256"]:
-        raise CheckpointError(f"{path}: SHA-256 is {found}, its manifest says {expected['sha256']}")
+def verify(folder: str) -> dict[str, Any]:
+    """Compares a local checkpoint's files with its manifest and returns its state. Raises :class:`CheckpointError`
+    naming the file that is missing or differs."""
+    storage = Storage()
+    files = _files_of(folder, storage)
+    for name in files:
+        with _checked(folder, name, files, storage):
+            pass
+    return _read_json(f"{folder}/{STATE}", storage)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _files_of(folder: str, storage: Storage) -> dict[str, Any]:
+    """Size and SHA-256 of a checkpoint's files, by name."""
+    source = f"{folder}/{MANIFEST}"
+    manifest = _read_json(source, storage)
+    files = manifest.get("files", {})
+    if manifest.get("format") != _FORMAT or manifest.get("version") != 1 or STATE not in files:
+        raise CheckpointError(f"{source}: not the manifest of a checkpoint that this version writes")
+    if outside := [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]:
+        raise CheckpointError(f"{source}: names a file outside the checkpoint, {outside[0]!r}")
+    return dict(files)
+
+
+def _read_json(path: str, storage: Storage) -> dict[str, Any]:
+    with _told_as_damage():
+        text = storage.read(path)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: is missing") from None
-    except (OSError, ValueError) as error:
+        tree = json.loads(text)
+    except ValueError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return tree
+
+
+@contextlib.contextmanager
+def _checked(folder: str, name: str, files: Mapping[str, Any], storage: Storage) -> Iterator[str]:
+    """A local path to read a folder's file from, held against what ``files`` says of it, if anything."""
+    expected = files.get(name, {})
+    with (
+        _told_as_damage(),
+        storage.at_hand(f"{folder}/{name}", size=expected.get("bytes"), sha256=expected.get("sha256", "")) as path,
+    ):
+        yield path
+
+
+@contextlib.contextmanager
+def _told_as_damage() -> Iterator[None]:
+    """What is missing or damaged, as :class:`CheckpointError`."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{error.filename}: is missing") from None
+    except DamagedFile as error:
+        raise CheckpointError(str(error)) from error
 
 
 def load(engine: Engine, checkpoint: Checkpoint) -> None:
@@ -230,7 +353,7 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
     ):
         if state[key] != here[key] and not (key == "world_size" and resizable):
             raise CheckpointError(
-                f"{checkpoint.folder}: was saved with {key} {state[key]}, this run has {here[key]}; "
+                f"{checkpoint.source}: was saved with {key} {state[key]}, this run has {here[key]}; "
                 f"resume with {remedy.format(state[key])}, or start over with --no_resume"
             )
     with together():
@@ -242,44 +365,58 @@ def run_layout(engine: Engine) -> dict[str, Any]:
     return {"world_size": engine.world.size, "zero_stage": engine.zero_stage, "precision": engine.precision}
 
 
-def load_weights(path: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_weights(path: str, storage: Storage | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Whole fp32 weights and their metadata (state.json or config.json, and ``path``), verified, without DeepSpeed.
 
-    ``path`` is a run's folder (its best checkpoint, or the newest where none is marked), a checkpoint's, or an
-    exported model's. Raises :class:`CheckpointError`.
+    ``path`` is the folder or URL of a run (its best checkpoint, or the newest where none is marked), a checkpoint, or
+    an exported model. Raises :class:`CheckpointError`.
     """
-    folder = Path(path)
-    if not folder.is_dir():
+    storage = storage or Storage()
+    local = storage.local(path)
+    folder = path.rstrip("/") if local is None else str(Path(local))
+    if not storage.is_folder(folder):
         raise CheckpointError(f"{path}: no such folder; expected a run, a checkpoint or an exported model")
-    if (folder / FOLDER).is_dir():
-        folder = _chosen_of_run(folder / FOLDER)
-    if (folder / MANIFEST).is_file() and (folder / STATE).is_file():
-        metadata = verify(folder, (WEIGHTS, STATE))
-    elif (folder / "config.json").is_file():
-        metadata = _read_json(folder / "config.json")
-        if WEIGHTS in metadata.get("files", {}):
-            _verify_file(folder / WEIGHTS, metadata["files"][WEIGHTS])
-    else:
-        stages = [stage for stage in ("finetune", "pretrain") if (folder / stage / FOLDER).is_dir()]
-        hint = f"did you mean {folder / stages[0]}?" if stages else "expected a run, a checkpoint or an exported model"
-        raise CheckpointError(f"{path}: holds no model; {hint}")
+    names = storage.names(folder)
+    if FOLDER in names:
+        return _weights_of_run(f"{folder}/{FOLDER}", storage)
+    if MANIFEST in names and STATE in names:
+        return _weights_of_tag(folder, storage)
+    if "config.json" in names:
+        metadata = _read_json(f"{folder}/config.json", storage)
+        return _tensors(folder, metadata.get("files", {}), storage), {**metadata, "path": folder}
+    stages = [stage for stage in ("finetune", "pretrain") if storage.is_folder(f"{folder}/{stage}/{FOLDER}")]
+    hint = f"did you mean {folder}/{stages[0]}?" if stages else "expected a run, a checkpoint or an exported model"
+    raise CheckpointError(f"{path}: holds no model; {hint}")
+
+
+def _weights_of_run(folder: str, storage: Storage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    if "best" in storage.names(folder):
+        return _weights_of_tag(f"{folder}/{storage.read(f'{folder}/best').decode().strip()}", storage)
+    damaged: list[str] = []
+    for tag in _tags(folder, storage):
+        try:
+            return _weights_of_tag(f"{folder}/{tag}", storage)
+        except CheckpointError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise _none_is_whole(folder, damaged)
+    raise CheckpointError(f"{folder}: holds no checkpoint yet; train first")
+
+
+def _weights_of_tag(folder: str, storage: Storage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    files = _files_of(folder, storage)
+    with _checked(folder, STATE, files, storage) as path:
+        metadata = _read_json(path, Storage())
+    return _tensors(folder, files, storage), {**metadata, "path": folder}
+
+
+def _tensors(folder: str, files: Mapping[str, Any], storage: Storage) -> dict[str, torch.Tensor]:
+    """The weights in a folder, held against what ``files`` says about them."""
     try:
-        weights = load_file(folder / WEIGHTS)
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder / WEIGHTS}: is missing") from None
+        with _checked(folder, WEIGHTS, files, storage) as path:
+            return dict(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS}: cannot be read ({error})") from error
-    return weights, {**metadata, "path": str(folder)}
-
-
-def _chosen_of_run(folder: Path) -> Path:
-    pointer = folder / "best"
-    if pointer.is_file():
-        return folder / pointer.read_text(encoding="utf-8").strip()
-    found = _newest(folder)
-    if found is None:
-        raise CheckpointError(f"{folder}: holds no checkpoint yet; train first")
-    return found.folder
+        raise CheckpointError(f"{folder}/{WEIGHTS}: cannot be read ({error})") from error
 
 
 def catalogue_of(dataset: Dataset) -> str:

@@ -12,10 +12,10 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,7 @@ from s3rec_dist.data.stream import PackedSequences, Stream
 from s3rec_dist.evaluation import evaluate
 from s3rec_dist.hashing import key_of
 from s3rec_dist.model.s3rec import Losses, S3Rec
-from s3rec_dist.storage import Storage
+from s3rec_dist.storage import Storage, StorageError
 from s3rec_dist.training import checkpoint
 from s3rec_dist.training.checkpoint import Checkpoint, CheckpointError
 from s3rec_dist.training.engine import (
@@ -44,7 +44,8 @@ from s3rec_dist.training.engine import (
     start,
     together,
 )
-from s3rec_dist.training.tracking import Tracker, clock, open_tracker, peak_memory_mb
+from s3rec_dist.training.folder import RunFolder
+from s3rec_dist.training.tracking import KEPT_FILES, Tracker, clock, open_tracker, peak_memory_mb
 
 StageName = Literal["pretrain", "finetune"]
 
@@ -58,14 +59,14 @@ class TrainingError(ValueError):
     """Training that cannot go on; the message says why and what to change."""
 
 
-def run_pretrain(config: Config, *, resume: bool = True) -> Path:
-    """Pretrains and returns the run's folder, ``<output>/pretrain``."""
+def run_pretrain(config: Config, *, resume: bool = True) -> str:
+    """Pretrains and returns the run's folder or URL, ``<output>/pretrain``."""
     with heeding_peers():
         return _run(config, "pretrain", resume)
 
 
-def run_finetune(config: Config, *, resume: bool = True) -> Path:
-    """Fine-tunes and returns the run's folder, ``<output>/finetune``."""
+def run_finetune(config: Config, *, resume: bool = True) -> str:
+    """Fine-tunes and returns the run's folder or URL, ``<output>/finetune``."""
     with heeding_peers():
         return _run(config, "finetune", resume)
 
@@ -158,9 +159,9 @@ class Task:
         return len(packed)
 
 
-def open_datasets(config: Config) -> list[Dataset]:
+def open_datasets(config: Config, storage: Storage) -> list[Dataset]:
     """The dataset that is trained on, and those that are mixed in, which must know the same items and attributes."""
-    data, storage = config.data, Storage(config.storage)
+    data = config.data
     bad = data.max_bad_shards if data.on_bad_shard == "skip" else 0
     dataset = Dataset.open(data.path, storage, revision=data.revision, max_bad_shards=bad)
     others = [Dataset.open(entry.path, storage, max_bad_shards=bad) for entry in data.mix]
@@ -173,13 +174,14 @@ def open_datasets(config: Config) -> list[Dataset]:
     return [dataset, *others]
 
 
-def _run(config: Config, name: StageName, resume: bool) -> Path:
+def _run(config: Config, name: StageName, resume: bool) -> str:
     if not config.data.path:
         raise ConfigError("data.path is empty; name the dataset to train on, a folder that 's3rec prepare' wrote")
     world = start(config.engine)
-    folder = Path(config.output) / name
+    storage = Storage(config.storage)
     with together():
-        dataset, *others = open_datasets(config)
+        _check_places(config, storage)
+        dataset, *others = open_datasets(config, storage)
         for each in (dataset, *others):
             if not each.max_bad_shards:
                 each.verify(world.rank, world.size, hashes=config.data.verify == "hash")
@@ -187,18 +189,33 @@ def _run(config: Config, name: StageName, resume: bool) -> Path:
         mix = [(other, entry.weight) for other, entry in zip(others, config.data.mix, strict=True)]
         task = Task(config, name, dataset, world.device, mix)
         model = task.model()
-    found = checkpoint.newest(folder / checkpoint.FOLDER) if resume else None
+    with RunFolder(os.path.join(config.output, name), storage, world) as folder:
+        _train(task, model, world, folder, resume)
+    return folder.url
+
+
+def _check_places(config: Config, storage: Storage) -> None:
+    """Raises StorageError where a setting names a place that may not be used, before it is written anywhere: an URL
+    that carries a secret."""
+    data, wanted = config.data, (config.finetune.pretrained, config.evaluation.negatives_file)
+    for place in (config.output, data.path, *(entry.path for entry in data.mix), *wanted):
+        storage.local(place)
+
+
+def _train(task: Task, model: S3Rec, world: World, folder: RunFolder, resume: bool) -> None:
+    config, name = task.config, task.name
+    found = checkpoint.newest(*folder.checkpoints) if resume else None
     with together():
         if found is not None:
             _check_same_run(config, name, task.fingerprint, found)
         elif name == "finetune":
-            pretrained = _load_pretrained(config, model, dataset)
+            pretrained = _load_pretrained(config, model, task.dataset)
     if not resume:
-        on_rank_zero(lambda: _move_aside(folder))
-    on_rank_zero(lambda: _write_config(folder, config))
+        on_rank_zero(folder.move_aside)
+    on_rank_zero(lambda: _prepare_folder(folder, config))
 
     with together():
-        tracker = open_tracker(config, name, folder, world.rank)
+        tracker = open_tracker(config, name, folder.local, world.rank)
     status = "failed"
     try:
         training = _Training(task, model, world, folder, tracker)
@@ -213,13 +230,15 @@ def _run(config: Config, name: StageName, resume: bool) -> Path:
             training.close()
     finally:
         tracker.finish(status)
-    return folder
+        # Where training has failed, that is the error to report.
+        with contextlib.suppress(*[OSError, StorageError] if status == "failed" else []):
+            folder.keep(whole=True)
 
 
 class _Training:
     """A stage at work."""
 
-    def __init__(self, task: Task, model: S3Rec, world: World, folder: Path, tracker: Tracker) -> None:
+    def __init__(self, task: Task, model: S3Rec, world: World, folder: RunFolder, tracker: Tracker) -> None:
         self.task, self.stage, self.config = task, task.stage, task.config
         self.world, self.folder, self.tracker = world, folder, tracker
         self.stream = task.stream(world)
@@ -411,16 +430,16 @@ class _Training:
             "version": s3rec_dist.__version__,
         }
         best = checkpoint.tag_of(self.best["step"]) if self.best else None
+        place, remote = self.folder.checkpoints
         try:
-            saved = checkpoint.save(
-                self.engine, self.folder / checkpoint.FOLDER, state, keep=self.stage.keep_checkpoints, best=best
-            )
+            on_rank_zero(self.folder.keep)  # before the checkpoint: a run that goes on from it has what led to it
+            tag = checkpoint.save(self.engine, place, state, keep=self.stage.keep_checkpoints, best=best, remote=remote)
         except CheckpointError as error:
             with contextlib.suppress(OSError):  # the same full disk
                 self.tracker.event("checkpoint_failed", step=self.step, reason=str(error))
             raise
         self.saved_step = self.step
-        self.tracker.event("checkpoint", step=self.step, tag=saved.name)
+        self.tracker.event("checkpoint", step=self.step, tag=tag)
 
     def close(self) -> None:
         """Stops the reading threads and lets go of DeepSpeed."""
@@ -525,9 +544,9 @@ def _load_pretrained(config: Config, model: S3Rec, dataset: Dataset) -> str:
     wanted = config.finetune.pretrained
     if wanted == "none":
         return "none, trained from scratch"
-    path = str(Path(config.output) / "pretrain") if wanted == "auto" else wanted
+    path = os.path.join(config.output, "pretrain") if wanted == "auto" else wanted
     try:
-        weights, metadata = checkpoint.load_weights(path)
+        weights, metadata = checkpoint.load_weights(path, dataset.storage)
     except CheckpointError as error:
         raise CheckpointError(
             f"finetune.pretrained={wanted}: {error}. Pretrain first, name a checkpoint, or set "
@@ -544,7 +563,7 @@ def _check_same_run(config: Config, name: StageName, fingerprint: str, found: Ch
     start_over = "take another output folder, or start over with --no_resume"
     if state["dataset_fingerprint"] != fingerprint:
         raise CheckpointError(
-            f"{found.folder}: was trained on another dataset than {config.data.path}, or that has changed since; "
+            f"{found.source}: was trained on another dataset than {config.data.path}, or that has changed since; "
             f"restore it, name its data.revision, {start_over}"
         )
     then, now = _flat(state["config"]), _flat(to_dict(config))
@@ -556,7 +575,7 @@ def _check_same_run(config: Config, name: StageName, fingerprint: str, found: Ch
     ]
     if differ:
         raise CheckpointError(
-            f"{found.folder}: was trained with other settings: {'; '.join(differ)}. Use the same settings, {start_over}"
+            f"{found.source}: was trained with other settings: {'; '.join(differ)}. Use the same settings, {start_over}"
         )
 
 
@@ -603,17 +622,11 @@ def _shapes_training(key: str, name: StageName, schedule_follows_epochs: bool) -
     return key == "seed" or (section in ("data", "model") and leaf not in _FREE[section])
 
 
-def _write_config(folder: Path, config: Config) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / ".config.yaml"
+def _prepare_folder(folder: RunFolder, config: Config) -> None:
+    """Writes the settings into the run's folder, where a run that goes on finds what it has logged."""
+    folder.fetch(KEPT_FILES)
+    folder.local.mkdir(parents=True, exist_ok=True)
+    draft = folder.local / ".config.yaml"
     draft.write_text(to_yaml(config), encoding="utf-8")
-    draft.replace(folder / "config.yaml")
-
-
-def _move_aside(folder: Path) -> None:
-    """Starting over keeps what an earlier run left, under the next free name."""
-    if folder.exists():
-        number = 1
-        while (moved := folder.with_name(f"{folder.name}.{number}")).exists():
-            number += 1
-        folder.rename(moved)
+    draft.replace(folder.local / "config.yaml")
+    folder.keep()

@@ -35,8 +35,11 @@ from rich.progress import (
 from rich.text import Text
 
 from s3rec_dist.config import Config, to_dict
+from s3rec_dist.storage import hide
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, _WANDB_ID_FILE = "metrics.jsonl", "wandb_id"
+KEPT_FILES = (METRICS_FILE, _WANDB_ID_FILE)
+"""What a run that goes on needs of the one before."""
 
 
 class Tracker:
@@ -228,7 +231,7 @@ class WandbTracker(Tracker):
         import wandb
 
         name = config.tracking.name or Path(config.output).name
-        id_file = folder / "wandb_id"
+        id_file = folder / _WANDB_ID_FILE
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         self._run = wandb.init(
@@ -266,7 +269,7 @@ class WandbTracker(Tracker):
             call()
         except Exception as error:
             self._on = False
-            warnings.warn(f"W&B is off for the rest of this run, metrics.jsonl has everything: {error}")
+            warnings.warn(f"W&B is off for the rest of this run, metrics.jsonl has everything: {hide(str(error))}")
 
 
 def open_tracker(config: Config, stage: str, folder: Path, rank: int = 0) -> Tracker:

@@ -116,7 +116,7 @@ def dying_before(step: int | None, by: str = "") -> Iterator[None]:
 def run(name: str, config: Config, *, resume: bool = True, dies_before: int | None = None, by: str = "") -> Path:
     """One stage; returns its folder."""
     with dying_before(dies_before, by):
-        return (loop.run_pretrain if name == "pretrain" else loop.run_finetune)(config, resume=resume)
+        return Path((loop.run_pretrain if name == "pretrain" else loop.run_finetune)(config, resume=resume))
 
 
 def died_run(name: str, config: Config, step: int) -> Path:

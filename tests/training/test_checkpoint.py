@@ -25,7 +25,7 @@ from s3rec_dist.training.engine import Engine, World
 
 
 def save(engine: Engine, folder: Path, step: int, **options: Any) -> Path:
-    return checkpoint.save(engine, folder, state_of(engine, step), **{"keep": 9, **options})
+    return folder / checkpoint.save(engine, folder, state_of(engine, step), **{"keep": 9, **options})
 
 
 def load_newest(engine: Engine, folder: Path) -> checkpoint.Checkpoint:
