@@ -76,6 +76,10 @@ class Lake:
     """{name here: (name in the files, type there)}."""
     rows: int
 
+    def kinds(self) -> dict[str, pa.DataType]:
+        """{name here: type here}, as in :meth:`Table.events`."""
+        return {ours: _plain_array(pa.array([], kind)).type for ours, (_, kind) in self.columns.items()}
+
 
 class S3RecPair:
     """``NAME.txt``, a user's items a line, in time order, and ``NAME_item2attributes.json``, {item: [attribute]}."""
