@@ -110,7 +110,7 @@ def _row_hashes(values: np.ndarray, offsets: np.ndarray, key: int) -> np.ndarray
     place = np.arange(len(values), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
     hashes = mix(values.astype(np.int64) * (GOLDEN >> 7) + (place * GOLDEN + key))
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(hashes)])
-    return hash64(ends[offsets[1:]] - ends[offsets[:-1]], lengths.astype(np.int64))
+    return hash64(ends[offsets[1:]] - ends[offsets[:-1]] + key, lengths.astype(np.int64))  # the key: empty rows too
 
 
 def add_contents(contents: Iterable[tuple[int, int]]) -> tuple[int, int]:
