@@ -1,8 +1,9 @@
 # Shared by quickstart.sh and test.sh: the virtual environment, and MovieLens-100K. Source it, after setting `root`.
 
-# make_venv: creates the environment ($S3REC_VENV, by default .venv in the repository), installs what
-# constraints.txt pins, and activates it. Does nothing where it is up to date.
+# make_venv [dev]: creates the environment ($S3REC_VENV, by default .venv in the repository), installs what
+# constraints.txt pins, with `dev` also what the tests need, and activates it. Does nothing where it is up to date.
 make_venv() {
+    local extra=${1:-}
     venv=${S3REC_VENV:-$root/.venv}
     local python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -11,7 +12,7 @@ make_venv() {
     }
     local wanted
     wanted=$("$python" -V; cat "$root/pyproject.toml" "$root/constraints.txt"; echo "$root")
-    if [[ ! -x $venv/bin/python || $(cat "$venv/s3rec-installed" 2>/dev/null) != "$wanted" ]]; then
+    if [[ ! -x $venv/bin/python || $(cat "$venv/s3rec-installed${extra:+-$extra}" 2>/dev/null) != "$wanted" ]]; then
         echo "Installing into $venv (a few minutes the first time)"
         "$python" -m venv "$venv"
         # torch comes first and alone: without an NVIDIA driver its CPU build will do, which PyPI does not have for Linux.
@@ -23,8 +24,8 @@ make_venv() {
             index=(--extra-index-url "$S3REC_TORCH_INDEX")
         fi
         "$venv/bin/python" -m pip install --quiet --no-deps -c "$root/constraints.txt" "${index[@]}" torch
-        "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root[dev]"
-        printf '%s\n' "$wanted" >"$venv/s3rec-installed"
+        "$venv/bin/python" -m pip install --quiet -c "$root/constraints.txt" -e "$root${extra:+[$extra]}"
+        printf '%s\n' "$wanted" | tee "$venv/s3rec-installed" "$venv/s3rec-installed${extra:+-$extra}" >/dev/null
     fi
     source "$venv/bin/activate"
 }

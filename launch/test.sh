@@ -6,7 +6,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 source launch/lib.sh
-make_venv
+make_venv dev
 fetch_ml100k
 export S3REC_ML100K=$ml100k
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} WANDB_MODE=offline
