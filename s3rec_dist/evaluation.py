@@ -28,7 +28,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -526,11 +525,7 @@ def run(args: argparse.Namespace) -> None:
     if is_first:
         print(format_table(results))
         if args.json:
-            target = Path(args.json)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draft = target.with_name(f".{target.name}.partial-{os.getpid()}")
-            draft.write_text(json.dumps({"results": entries}, indent=1) + "\n", encoding="utf-8")
-            draft.replace(target)
+            dataset.storage.write(args.json, (json.dumps({"results": entries}, indent=1) + "\n").encode())
 
 
 def _labelled(arguments: Sequence[str]) -> dict[str, str]:
@@ -538,7 +533,7 @@ def _labelled(arguments: Sequence[str]) -> dict[str, str]:
     models: dict[str, str] = {}
     for argument in arguments:
         label, separator, path = argument.partition("=")
-        if not separator or os.path.exists(argument):
+        if not separator or "://" in label or os.path.exists(argument):
             label = path = argument
         if label in models:
             raise EvaluationError(f"--model: two models are labelled {label!r}; write LABEL=FOLDER to tell them apart")

@@ -9,7 +9,7 @@
     s3rec export runs/beauty/finetune --dataset data/beauty --output models/beauty
     model = S3Rec.from_pretrained("models/beauty").eval()
 
-A folder appears only when it is whole, by a rename. Imported are the state dicts of the S3-Rec authors'
+A folder appears only when it is whole, by a rename, or on other storage by config.json, which comes last. Imported are the state dicts of the S3-Rec authors'
 PyTorch implementation, read without unpickling anything but tensors.
 """
 
@@ -37,7 +37,7 @@ from s3rec_dist.config import Config, ModelConfig, from_dict, to_dict
 from s3rec_dist.data.dataset import Dataset, Manifest
 from s3rec_dist.data.formats import put_in_place, sync_file
 from s3rec_dist.model.s3rec import S3Rec
-from s3rec_dist.storage import add_storage_argument, storage_of
+from s3rec_dist.storage import Storage, StorageError, add_storage_argument, storage_of
 from s3rec_dist.training.checkpoint import (
     WEIGHTS,
     catalogue_of,
@@ -61,36 +61,41 @@ class ExportError(ValueError):
     """A model that cannot be exported, imported or loaded; the message names the file or tensor."""
 
 
-def load_export(folder: str) -> S3Rec:
-    """The model of a folder written by ``s3rec export`` or ``s3rec import``, on the CPU, with the item attributes
-    where the folder has a catalogue.
+def load_export(folder: str, storage: Storage | None = None) -> S3Rec:
+    """The model of a folder or URL written by ``s3rec export`` or ``s3rec import``, on the CPU, with the item
+    attributes where the folder has a catalogue.
 
     Raises :class:`ExportError` for another kind of folder, and CheckpointError or DatasetError for a damaged file.
     """
-    weights, metadata = load_weights(folder)
-    return _model(weights, metadata, open_catalogue(folder, metadata))
+    weights, metadata = load_weights(folder, storage)
+    return _model(weights, metadata, open_catalogue(folder, metadata, storage))
 
 
 def load_model(path: str, dataset: Dataset) -> S3Rec:
-    """The model of a run's, a checkpoint's or an exported folder, on the CPU, with the attributes of ``dataset``.
+    """The model of a run's, a checkpoint's or an exported folder or URL, on the CPU, with the attributes of
+    ``dataset``, whose storage is used.
 
     Raises CheckpointError where its weights are missing or damaged, or where its item ids are not those of
     ``dataset``.
     """
-    weights, metadata = load_weights(path)
+    weights, metadata = load_weights(path, dataset.storage)
     check_catalogue(metadata, dataset)
     return _model(weights, metadata, dataset)
 
 
-def open_catalogue(folder: str, metadata: Mapping[str, Any] | None = None) -> Dataset | None:
-    """The catalogue of an exported folder, verified, as a dataset without sequences; None where it has none.
+def open_catalogue(
+    folder: str, metadata: Mapping[str, Any] | None = None, storage: Storage | None = None
+) -> Dataset | None:
+    """The catalogue of an exported folder or URL, verified, as a dataset without sequences; None where it has none.
 
     ``metadata`` is the folder's, where it has been read already. Raises :class:`ExportError` for another kind of
     folder, DatasetError for a damaged catalogue.
     """
+    storage = storage or Storage()
+    folder = folder.rstrip("/")
     if metadata is None:
         try:
-            metadata = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+            metadata = json.loads(storage.read(f"{folder}/{CONFIG}"))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             metadata = {}
     if not isinstance(metadata, Mapping) or metadata.get("format") != FORMAT:
@@ -117,7 +122,7 @@ def open_catalogue(folder: str, metadata: Mapping[str, Any] | None = None) -> Da
         preparation={},
         created_with=metadata["created_with"],
     )
-    catalogue = Dataset(str(folder), manifest)
+    catalogue = Dataset(folder, manifest, storage)
     catalogue.verify()
     return catalogue
 
@@ -140,11 +145,12 @@ def _model(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], cat
 
 
 def export(path: str, dataset: Dataset, output: str, *, overwrite: bool = False) -> None:
-    """Writes the model of a run, checkpoint or exported folder as a model folder with the catalogue of ``dataset``.
+    """Writes the model of a run, checkpoint or exported folder as a model folder with the catalogue of ``dataset``,
+    whose storage is used. Both may be paths or URLs.
 
     Raises :class:`ExportError` where ``output`` exists or cannot be written, and what :func:`load_model` raises.
     """
-    weights, metadata = load_weights(path)
+    weights, metadata = load_weights(path, dataset.storage)
     check_catalogue(metadata, dataset)
     model = _model(weights, metadata, dataset)
     kept: dict[str, Any] = {name: metadata[name] for name in ("stage", "epoch", "step", "metrics") if name in metadata}
@@ -159,8 +165,10 @@ def write_model(
     dataset: Dataset | None,
     *,
     overwrite: bool = False,
+    storage: Storage | None = None,
 ) -> None:
     """Writes a model folder, whole or not at all; an earlier model folder is replaced only with ``overwrite``.
+    ``output`` is a path or URL under ``storage``, or else the dataset's.
 
     ``facts`` (stage, epoch, step, metrics) go into config.json and the model card. Raises :class:`ExportError`.
     """
@@ -185,8 +193,11 @@ def write_model(
             "catalogue": catalogue_of(dataset),
         }
     weights = {name: tensor.float().contiguous() for name, tensor in model.state_dict().items()}
+    storage = storage or (dataset.storage if dataset else Storage())
+    local = storage.local(output)
+    place = output.rstrip("/") if local is None else os.path.abspath(local)
     try:
-        with _whole_folder(Path(os.path.abspath(output)), overwrite) as folder:
+        with _whole_folder(place, overwrite, storage) as folder:
             save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
             files = {WEIGHTS: describe(folder / WEIGHTS)}
             if dataset is not None:
@@ -194,15 +205,15 @@ def write_model(
                     files[name] = _copy(dataset, name, folder)
             metadata["files"] = files
             (folder / CONFIG).write_text(json.dumps(metadata, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            (folder / CARD).write_text(model_card(metadata, os.path.basename(os.path.abspath(output))), "utf-8")
+            (folder / CARD).write_text(model_card(metadata, os.path.basename(place)), "utf-8")
             (folder / WEIGHTS).chmod((folder / CARD).stat().st_mode)  # safetensors makes files for their owner alone
             for name in (*files, CONFIG, CARD, "."):
                 sync_file(str(folder / name))
     except (OSError, SafetensorError) as error:
-        raise ExportError(
-            f"{output}: the model could not be written ({error}); make room, or choose another output. "
-            "Nothing has been changed"
-        ) from error
+        remedy = (
+            "see to the storage" if local is None else "make room, or choose another output. Nothing has been changed"
+        )
+        raise ExportError(f"{output}: the model could not be written ({error}); {remedy}") from error
 
 
 def _copy(dataset: Dataset, name: str, folder: Path) -> dict[str, Any]:
@@ -219,22 +230,46 @@ def _copy(dataset: Dataset, name: str, folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _whole_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside ``output`` that takes its place when the block ends well, and leaves nothing when not."""
-    if os.path.lexists(output) and not (output.is_dir() and not os.listdir(output)):
-        if not overwrite:
-            raise ExportError(f"{output}: exists already; choose another output, or pass --overwrite to replace it")
-        if not ((output / CONFIG).is_file() and (output / WEIGHTS).is_file()):
-            raise ExportError(f"{output}: not a model folder, so --overwrite leaves it alone; choose another output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+def _whole_folder(place: str, overwrite: bool, storage: Storage) -> Iterator[Path]:
+    """A local folder that takes the place of ``place`` when the block ends well, and leaves nothing when not. Other
+    storage gets config.json last: until then a reader finds no model there."""
+    is_local = storage.local(place) is not None
+    replaced = _replaced(place, overwrite, storage)
+    parent, name = os.path.split(place)
+    if is_local:
+        os.makedirs(parent, exist_ok=True)
+    beside = parent if is_local else storage.config.scratch_dir or None
+    draft = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=beside))
     whole = draft / "model"
     try:
         whole.mkdir()
         yield whole
-        put_in_place(str(whole), str(output), str(draft / "replaced"))
+        if is_local:
+            put_in_place(str(whole), place, str(draft / "replaced"))
+        else:
+            for name in replaced:
+                storage.remove(f"{place}/{name}")
+            storage.publish(str(whole), place, last=CONFIG)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _replaced(place: str, overwrite: bool, storage: Storage) -> list[str]:
+    """Names of the files of a model that is there already, config.json first. Raises :class:`ExportError` where it may
+    not be replaced."""
+    names = set(storage.names(place))
+    if storage.local(place) is None:
+        names = {name for name in names if not name.startswith(".")}  # as in a new Hugging Face repository
+        is_cut_short = names <= {WEIGHTS, *CATALOGUE, CARD}
+    else:
+        if os.path.lexists(place) and not os.path.isdir(place):
+            names = {""}
+        is_cut_short = False
+    if names and not overwrite:
+        raise ExportError(f"{place}: exists already; choose another output, or pass --overwrite to replace it")
+    if names and not is_cut_short and not {CONFIG, WEIGHTS} <= names:
+        raise ExportError(f"{place}: not a model folder, so --overwrite leaves it alone; choose another output")
+    return [name for name in (CONFIG, WEIGHTS, *CATALOGUE, CARD) if name in names]
 
 
 def model_card(metadata: Mapping[str, Any], name: str) -> str:
@@ -316,14 +351,16 @@ def model_card(metadata: Mapping[str, Any], name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def import_reference(checkpoint: str, heads: int = 2, dataset: Dataset | None = None) -> S3Rec:
-    """The model of a state dict that the S3-Rec authors' PyTorch implementation saved.
+def import_reference(
+    checkpoint: str, heads: int = 2, dataset: Dataset | None = None, storage: Storage | None = None
+) -> S3Rec:
+    """The model of a state dict that the S3-Rec authors' PyTorch implementation saved, at a path or URL.
 
     Sizes come from the tensors' shapes; the number of ``heads`` is not among them. ``dataset`` must have the
     checkpoint's items and attributes, numbered alike. Raises :class:`ExportError` for a file that is not a plain
     state dict, or naming a tensor that is unknown, missing or of an unexpected shape.
     """
-    tensors = _read_state_dict(checkpoint)
+    tensors = _read_state_dict(checkpoint, storage or Storage())
     model = _model_of_shapes(tensors, heads, checkpoint, dataset)
     own = model.state_dict()
     names = _reference_names(model.config.layers)
@@ -348,16 +385,17 @@ def import_reference(checkpoint: str, heads: int = 2, dataset: Dataset | None = 
 _EXPECTED = "expected a checkpoint of the S3-Rec authors' PyTorch implementation"
 
 
-def _read_state_dict(path: str) -> dict[str, torch.Tensor]:
+def _read_state_dict(path: str, storage: Storage) -> dict[str, torch.Tensor]:
     """Float tensors by name; nothing else is unpickled."""
     try:
-        tree = torch.load(path, map_location="cpu", weights_only=True)
+        with storage.at_hand(path) as local:
+            tree = torch.load(local, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ExportError(
             f"{path}: holds more than tensors, or is no torch file, and was not loaded, because unpickling it could "
             f"run code; save the model's state_dict() alone ({str(error).strip().splitlines()[0]})"
         ) from error
-    except OSError:
+    except (OSError, StorageError):
         raise
     except Exception as error:  # torch raises whatever its zip reader and unpickler meet
         raise ExportError(f"{path}: cannot be read ({error}); {_EXPECTED}") from error
@@ -477,20 +515,23 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """``s3rec export``."""
-    export(args.model, Dataset.open(args.dataset, storage_of(args)), args.output, overwrite=args.overwrite)
-    _report(args.output)
+    storage = storage_of(args)
+    export(args.model, Dataset.open(args.dataset, storage), args.output, overwrite=args.overwrite)
+    _report(args.output, storage)
 
 
 def run_import(args: argparse.Namespace) -> None:
     """``s3rec import``."""
-    dataset = Dataset.open(args.dataset, storage_of(args)) if args.dataset else None
-    model = import_reference(args.checkpoint, args.heads, dataset)
+    storage = storage_of(args)
+    dataset = Dataset.open(args.dataset, storage) if args.dataset else None
+    model = import_reference(args.checkpoint, args.heads, dataset, storage)
     config = dataclasses.replace(Config(), model=model.config)
-    write_model(model, args.output, {"stage": "reference"}, config, dataset, overwrite=args.overwrite)
-    _report(args.output)
+    facts = {"stage": "reference"}
+    write_model(model, args.output, facts, config, dataset, overwrite=args.overwrite, storage=storage)
+    _report(args.output, storage)
 
 
-def _report(output: str) -> None:
-    files = sorted(Path(output).iterdir())
-    size = sum(path.stat().st_size for path in files) / 1e6
-    print(f"{output}: {', '.join(path.name for path in files)} ({size:.1f} MB)")
+def _report(output: str, storage: Storage) -> None:
+    names = storage.names(output)
+    size = sum(storage.size(os.path.join(output, name)) for name in names) / 1e6
+    print(f"{output}: {', '.join(names)} ({size:.1f} MB)")

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -126,9 +127,7 @@ def dataset_histories(dataset: Dataset) -> Iterator[Histories]:
         yield Histories(sequences.users, sequences.values, sequences.offsets[:-1], sequences.offsets[1:])
 
 
-def file_histories(
-    path: str, catalogue: Dataset, counts: Counts, *, skip_unknown: bool = False, storage: Storage | None = None
-) -> Iterator[Histories]:
+def file_histories(path: str, catalogue: Dataset, counts: Counts, *, skip_unknown: bool = False) -> Iterator[Histories]:
     """The histories of a Parquet file (see the module's docstring), some thousand at a time.
 
     An item that ``catalogue`` lacks raises :class:`RecommendError` naming file, row and item, or is dropped with
@@ -136,7 +135,7 @@ def file_histories(
     """
     known = catalogue.items_table().column("raw").combine_chunks()
     try:
-        with (storage or Storage()).open(path) as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
+        with catalogue.storage.open(path) as raw, pq.ParquetFile(raw, page_checksum_verification=True) as file:
             _check_columns(path, file.schema_arrow)
             first_row = 1
             for batch in file.iter_batches(batch_size=_ROWS_READ, columns=["user", "items"]):
@@ -221,7 +220,8 @@ def recommend(
     batch_users: int = BATCH_USERS,
     item_chunk: int = ITEM_CHUNK,
 ) -> None:
-    """Writes each user's ``k`` best items to the Parquet file ``output``, whole or not at all, and counts them.
+    """Writes each user's ``k`` best items to the Parquet file ``output``, a path or URL under the storage of
+    ``catalogue``, whole or not at all, and counts them.
 
     With ``include_seen`` the items of a user's own history are candidates too. Raises :class:`RecommendError`
     where the file cannot be written, EvaluationError where the model does not fit or its scores are not finite.
@@ -230,7 +230,7 @@ def recommend(
     taken = catalogue.items_table().column("count").to_numpy() > 0
     candidates = torch.from_numpy(np.flatnonzero(taken)).to(device)  # ids kept from a source with gaps name no item
     place = np.where(taken, np.cumsum(taken), 0)  # of item id i + 1 among the candidates, from 1
-    with torch.no_grad(), _whole_table(Path(output)) as write:
+    with torch.no_grad(), _whole_table(output, catalogue.storage) as write:
         items = item_vectors(model, catalogue.n_items, catalogue.path)[candidates]
         for batch in _batches(histories, batch_users):
             users = user_vectors(model, batch, device)
@@ -264,9 +264,8 @@ def _rows(users: pa.Array, places: np.ndarray, scores: np.ndarray, raw: pa.Array
 
 
 @contextlib.contextmanager
-def _whole_table(output: Path) -> Iterator[Callable[[pa.Table], None]]:
+def _whole_table(output: str, storage: Storage) -> Iterator[Callable[[pa.Table], None]]:
     """What writes a table's rows to a file that takes the place of ``output`` when the block ends well."""
-    draft = output.with_name(f".{output.name}.partial-{os.getpid()}")
     waiting: list[pa.Table] = []
 
     def write(table: pa.Table) -> None:
@@ -279,28 +278,45 @@ def _whole_table(output: Path) -> Iterator[Callable[[pa.Table], None]]:
             writer.write_table(pa.concat_tables(waiting))
             waiting.clear()
 
+    if storage.is_folder(output):
+        raise RecommendError(f"{output}: is a folder; name a file")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.is_dir():
-            raise RecommendError(f"{output}: is a folder; name a file")
-        writer = parquet_writer(str(draft), SCHEMA)
-        try:
-            yield write
-            flush()
-        except BaseException:
-            with contextlib.suppress(OSError):  # the error that brought us here is the one to report
-                writer.close()
-            raise
-        writer.close()
-        sync_file(str(draft))
-        draft.replace(output)
-        sync_file(str(output.parent))
+        with _draft_of(output, storage) as draft:
+            writer = parquet_writer(draft, SCHEMA)
+            try:
+                yield write
+                flush()
+            except BaseException:
+                with contextlib.suppress(OSError):  # the error that brought us here is the one to report
+                    writer.close()
+                raise
+            writer.close()
     except OSError as error:
         raise RecommendError(
             f"{output}: could not be written ({error}); make room, or choose another output. Nothing has been changed"
         ) from error
+
+
+@contextlib.contextmanager
+def _draft_of(output: str, storage: Storage) -> Iterator[str]:
+    """A local path to write a file at, which becomes ``output`` when the block ends well and is gone when not."""
+    local = storage.local(output)
+    if local is None:
+        with tempfile.TemporaryDirectory(prefix="s3rec-", dir=storage.config.scratch_dir or None) as folder:
+            draft = os.path.join(folder, "draft.parquet")
+            yield draft
+            storage.upload(draft, output)
+        return
+    target = Path(local)
+    beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield str(beside)
+        sync_file(str(beside))
+        beside.replace(target)
+        sync_file(str(target.parent))
     finally:
-        draft.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -367,13 +383,13 @@ def run(args: argparse.Namespace) -> None:
         catalogue = Dataset.open(args.dataset, storage)
         model = load_model(args.model, catalogue)
     else:
-        found = open_catalogue(args.model)
+        found = open_catalogue(args.model, storage=storage)
         if found is None:
             raise RecommendError(f"{args.model}: has no catalogue, so raw ids mean nothing to it; give --dataset too")
-        catalogue, model = found, load_export(args.model)
+        catalogue, model = found, load_export(args.model, storage)
     if args.histories:
         skip = args.unknown_items == "skip"
-        histories = file_histories(args.histories, catalogue, counts, skip_unknown=skip, storage=storage)
+        histories = file_histories(args.histories, catalogue, counts, skip_unknown=skip)
     else:
         histories = dataset_histories(catalogue)
     if args.users:
