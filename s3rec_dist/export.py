@@ -9,8 +9,9 @@
     s3rec export runs/beauty/finetune --dataset data/beauty --output models/beauty
     model = S3Rec.from_pretrained("models/beauty").eval()
 
-A folder appears only when it is whole, by a rename, or on other storage by config.json, which comes last. Imported are the state dicts of the S3-Rec authors'
-PyTorch implementation, read without unpickling anything but tensors.
+Both may be URLs. A folder appears only when it is whole, by a rename; on other storage by config.json, which comes
+last. Imported are the state dicts of the S3-Rec authors' PyTorch implementation, read without unpickling anything but
+tensors.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def open_catalogue(
     if metadata is None:
         try:
             metadata = json.loads(storage.read(f"{folder}/{CONFIG}"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
             metadata = {}
     if not isinstance(metadata, Mapping) or metadata.get("format") != FORMAT:
         raise ExportError(f"{folder}: not a model folder; make one from a run or checkpoint with 's3rec export'")
@@ -210,10 +211,10 @@ def write_model(
             for name in (*files, CONFIG, CARD, "."):
                 sync_file(str(folder / name))
     except (OSError, SafetensorError) as error:
-        remedy = (
-            "see to the storage" if local is None else "make room, or choose another output. Nothing has been changed"
-        )
-        raise ExportError(f"{output}: the model could not be written ({error}); {remedy}") from error
+        unchanged = "" if local is None else ". Nothing has been changed"
+        raise ExportError(
+            f"{output}: the model could not be written ({error}); make room, or choose another output{unchanged}"
+        ) from error
 
 
 def _copy(dataset: Dataset, name: str, folder: Path) -> dict[str, Any]:
@@ -258,16 +259,16 @@ def _replaced(place: str, overwrite: bool, storage: Storage) -> list[str]:
     """Names of the files of a model that is there already, config.json first. Raises :class:`ExportError` where it may
     not be replaced."""
     names = set(storage.names(place))
-    if storage.local(place) is None:
-        names = {name for name in names if not name.startswith(".")}  # as in a new Hugging Face repository
-        is_cut_short = names <= {WEIGHTS, *CATALOGUE, CARD}
-    else:
-        if os.path.lexists(place) and not os.path.isdir(place):
-            names = {""}
+    if storage.local(place) is not None:
+        is_there = os.path.lexists(place) and (bool(names) or not os.path.isdir(place))
         is_cut_short = False
-    if names and not overwrite:
+    else:
+        names = {name for name in names if not name.startswith(".")}  # as in a new Hugging Face repository
+        is_there = bool(names)
+        is_cut_short = names <= {WEIGHTS, *CATALOGUE, CARD}
+    if is_there and not overwrite:
         raise ExportError(f"{place}: exists already; choose another output, or pass --overwrite to replace it")
-    if names and not is_cut_short and not {CONFIG, WEIGHTS} <= names:
+    if is_there and not is_cut_short and not {CONFIG, WEIGHTS} <= names:
         raise ExportError(f"{place}: not a model folder, so --overwrite leaves it alone; choose another output")
     return [name for name in (CONFIG, WEIGHTS, *CATALOGUE, CARD) if name in names]
 
