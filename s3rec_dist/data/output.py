@@ -20,6 +20,9 @@ from s3rec_dist.storage import Storage
 Progress = Callable[[str], None]
 """Takes a line about what is being done."""
 
+_NAMES = re.compile(r"manifest\.json|manifests|shards|v[0-9]+|(index|items|attributes|leftover)\.parquet")
+"""What a dataset's folder holds."""
+
 
 class OutputError(ValueError):
     """An output that is not to be written to; nothing has been changed."""
@@ -32,9 +35,9 @@ def dataset_output(
     """(dataset folder, scratch folder), both local and empty; the first becomes ``output``, a path or URL, when the
     block ends well, and both are gone after it.
 
-    A local dataset is built beside its place and renamed. One for other storage is built in the system's folder for
-    temporary files and uploaded, its manifest last; what ``overwrite`` replaces is removed just before that. Raises
-    :class:`OutputError` where there is something already that may not be replaced.
+    A local dataset is built beside its place and renamed. One for other storage is built in ``storage.scratch_dir`` and
+    uploaded, its manifest last; what ``overwrite`` replaces is removed just before that. Raises :class:`OutputError`
+    where there is something already that may not be replaced.
     """
     output = output.rstrip("/") or "/"
     path = storage.local(output)
@@ -42,14 +45,16 @@ def dataset_output(
     if storage.exists(place) and not (storage.is_folder(place) and not storage.names(place)):
         if not overwrite:
             raise OutputError(f"{place}: exists already; choose another output, or pass --overwrite to replace it")
-        if not storage.exists(f"{place}/manifest.json"):
+        is_cut_short = path is None and all(map(_NAMES.fullmatch, storage.names(place)))  # an upload that was killed
+        if not (is_cut_short or storage.exists(f"{place}/manifest.json")):
             raise OutputError(f"{place}: not a dataset, so --overwrite leaves it alone; choose another output")
     parent, name = os.path.split(place)
     if path is not None:
-        os.makedirs(parent, exist_ok=True)
         for leftover in glob.glob(os.path.join(glob.escape(parent), f".{glob.escape(name)}.partial-*")):
             progress(f"{leftover}: left by a command that was killed or still runs; remove it if none does")
-    partial = tempfile.mkdtemp(prefix=f".{name}.partial-", dir=None if path is None else parent)
+    beside = storage.config.scratch_dir or tempfile.gettempdir() if path is None else parent
+    os.makedirs(beside, exist_ok=True)
+    partial = tempfile.mkdtemp(prefix=f".{name}.partial-", dir=beside)
     try:
         folder, work = os.path.join(partial, "dataset"), os.path.join(partial, "work")
         os.mkdir(folder)
@@ -77,6 +82,5 @@ def _publish(folder: str, url: str, storage: Storage) -> None:
 def _remove_dataset(url: str, storage: Storage) -> None:
     """Removes a dataset, its manifest first; whatever else lies beside it stays."""
     storage.remove(f"{url}/manifest.json")
-    for name in storage.names(url):
-        if name in ("shards", "manifests") or name.endswith(".parquet") or re.fullmatch("v[0-9]+", name):
-            storage.remove(f"{url}/{name}")
+    for name in filter(_NAMES.fullmatch, storage.names(url)):
+        storage.remove(f"{url}/{name}")

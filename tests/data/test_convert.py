@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 
 from s3rec_dist.__main__ import main
+from s3rec_dist.config import StorageConfig
 from s3rec_dist.data import convert as module
 from s3rec_dist.data.convert import READ_AHEAD, ConvertError, convert
 from s3rec_dist.data.dataset import Dataset, DatasetError, Sequences, new_manifest
@@ -248,19 +249,15 @@ def test_sizes_below_one_are_refused(sizes: dict[str, int], prepared: Callable[.
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_to_remote_storage_and_back(
-    format: str, prepared: Callable[..., Dataset], tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+def test_to_remote_storage_and_back(format: str, prepared: Callable[..., Dataset], tmp_path: Path, memory: str) -> None:
+    storage = Storage(StorageConfig(scratch_dir=str(tmp_path / "scratch")))
     old = prepared("parquet", rows_per_group=5, groups_per_shard=2)
-    convert(old, f"{memory}/there", format=format, rows_per_group=3)
+    convert(old, f"{memory}/there", format=format, rows_per_group=3, storage=storage)
+    assert os.listdir(tmp_path / "scratch") == []
     there = Dataset.open(f"{memory}/there")
     assert_same(there, old)
     back = convert(there, str(tmp_path / "back"), format="parquet", rows_per_group=5)
     assert back.fingerprint == old.fingerprint
-    assert os.listdir(scratch) == []
 
 
 def test_remote_output_is_replaced_only_on_request_and_what_lies_beside_it_stays(
@@ -273,11 +270,24 @@ def test_remote_output_is_replaced_only_on_request_and_what_lies_beside_it_stays
         convert(old, memory)
     with pytest.raises(OutputError, match="not a dataset, so --overwrite leaves it alone"):
         convert(old, memory, overwrite=True)
+    storage.write(f"{memory}/events/2024.parquet", b"events")
+    with pytest.raises(OutputError, match="not a dataset, so --overwrite leaves it alone"):
+        convert(old, f"{memory}/events", overwrite=True)
     convert(old, f"{memory}/data")
     storage.write(f"{memory}/data/notes.txt", b"notes")
     convert(old, f"{memory}/data", format="webdataset", groups_per_shard=4, overwrite=True)
     assert storage.names(f"{memory}/data/shards") == ["00000.tar", "00001.tar"]
     assert storage.read(f"{memory}/data/notes.txt") == storage.read(f"{memory}/notes.txt") == b"notes"
+    assert_same(Dataset.open(f"{memory}/data"), old)
+
+
+def test_an_upload_that_was_killed_can_be_replaced(prepared: Callable[..., Dataset], memory: str) -> None:
+    old = prepared()
+    convert(old, f"{memory}/data")
+    Storage().remove(f"{memory}/data/manifest.json")
+    with pytest.raises(OutputError, match="exists already"):
+        convert(old, f"{memory}/data")
+    convert(old, f"{memory}/data", overwrite=True)
     assert_same(Dataset.open(f"{memory}/data"), old)
 
 
