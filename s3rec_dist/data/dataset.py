@@ -605,7 +605,7 @@ class Dataset:
             offset = int((self.index.offset[own] + self.index.size[own]).max())
             tail = self.storage.read_checked(url, offset, shard.size - offset, bytes.fromhex(shard.tail_sha256))
             footer = parse_parquet_tail(tail, url)
-            if [footer.row_group(i).num_rows for i in range(footer.num_row_groups)] != self.index.rows[own].tolist():
+            if footer.rows != self.index.rows[own].tolist():
                 raise FormatError(f"{url}: the rows of its row groups differ from the index's")
             with self._lock:
                 self._footers[shard_index] = footer

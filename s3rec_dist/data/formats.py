@@ -299,14 +299,36 @@ def read_parquet_table(data: bytes, schema: pa.Schema, where: str) -> pa.Table:
             raise FormatError(f"{where}: damaged ({error})") from error
 
 
-def parse_parquet_tail(tail: bytes, where: str) -> Any:
+@dataclass(frozen=True)
+class ParquetFooter:
+    """What a Parquet shard says of its row groups."""
+
+    metadata: Any
+    """As pyarrow reads it. Asking it about column chunks may end the process where the footer is not sound."""
+    rows: list[int]
+    """Of each row group."""
+    chunks: list[list[tuple[int, int, int]]]
+    """Of each row group the column chunks: first byte, bytes, values."""
+
+
+def parse_parquet_tail(tail: bytes, where: str) -> ParquetFooter:
     """The footer in ``tail``, all of a shard after its last row group. Raises :class:`FormatError`."""
     with _open_parquet(tail, SHARD_SCHEMA, where) as file:
-        return file.metadata
+        metadata = file.metadata
+    try:
+        fields, _ = _thrift(tail, len(tail) - 8 - int.from_bytes(tail[-8:-4], "little"), _STRUCT)
+        groups = fields[4]
+        columns = [[chunk[3] for chunk in group[1]] for group in groups]
+        if any(11 in column for group in columns for column in group):
+            raise ValueError("has dictionaries")
+        chunks = [[(column[9], column[7], column[5]) for column in group] for group in columns]
+        return ParquetFooter(metadata, [group[3] for group in groups], chunks)
+    except _UNSOUND as error:
+        raise FormatError(f"{where}: unexpected footer ({type(error).__name__}: {error})") from error
 
 
 def decode_parquet(
-    data: bytes, offset: int, footer: Any, index: int, with_users: bool, items: int, where: str
+    data: bytes, offset: int, footer: ParquetFooter, index: int, with_users: bool, items: int, where: str
 ) -> pa.RecordBatch:
     """Row group ``index`` of a Parquet shard from its bytes, which lie at ``offset``; ``items`` were announced.
 
@@ -315,12 +337,15 @@ def decode_parquet(
     names = SHARD_SCHEMA.names if with_users else ["items"]
     window = pa.PythonFile(_Window(data, offset), "r")
     try:
-        expanded = _expanded_size(data, offset, footer.row_group(index), where)
-        if expanded > MOST_EXPANSION * len(data) + FREE_EXPANSION + 16 * items:
-            raise FormatError(
-                f"{where}: its {len(data):,} bytes expand to {expanded:,}, the index announces {items:,} items"
-            )
-        with pq.ParquetFile(window, metadata=footer, page_checksum_verification=True) as file:
+        expanded = _expanded_size(data, offset, footer.chunks[index])
+    except _UNSOUND as error:
+        raise FormatError(f"{where}: unexpected pages ({type(error).__name__}: {error})") from error
+    if expanded > MOST_EXPANSION * len(data) + FREE_EXPANSION + 16 * items:
+        raise FormatError(
+            f"{where}: its {len(data):,} bytes expand to {expanded:,}, the index announces {items:,} items"
+        )
+    try:
+        with pq.ParquetFile(window, metadata=footer.metadata, page_checksum_verification=True) as file:
             table = file.read_row_group(index, columns=names, use_threads=False)
         columns = [column.chunk(0) if column.num_chunks == 1 else column.combine_chunks() for column in table.columns]
         batch = pa.RecordBatch.from_arrays(columns, names=table.column_names)
@@ -330,63 +355,71 @@ def decode_parquet(
     return batch
 
 
-def _expanded_size(data: bytes, offset: int, group: Any, where: str) -> int:
+def _expanded_size(data: bytes, offset: int, chunks: list[tuple[int, int, int]]) -> int:
     """Bytes that a row group takes while it is decoded, as its page headers say, which the decoder goes by.
 
-    Raises :class:`FormatError` where they are not plain data pages.
+    Raises one of ``_UNSOUND`` where they are not plain data pages.
     """
     total = 0
-    for column in map(group.column, range(group.num_columns)):
-        at, values = column.data_page_offset - offset, 0
-        end = at + column.total_compressed_size
-        try:
-            if column.has_dictionary_page or not 0 <= at <= end <= len(data):
-                raise ValueError("its column chunks are not plain data within the row group")
-            while at < end:
-                header, at = _thrift_struct(data, at)
-                kind, size, compressed, page = header[1], header[2], header[3], header[5]
-                if (kind, page[2], page[3], page[4]) != (0, 0, 3, 3) or min(size, compressed, page[1]) < 0:
-                    raise ValueError("a page is not one of plain values")
-                values += page[1]
-                total += size + 8 * page[1]  # levels, and what a null takes
-                at += compressed
-            if at != end or values != column.num_values:
-                raise ValueError("page headers and footer disagree")
-        except (KeyError, IndexError, TypeError, RecursionError, ValueError) as error:
-            raise FormatError(f"{where}: unexpected pages ({type(error).__name__}: {error})") from error
+    for first, size, values in chunks:
+        at, end = first - offset, first - offset + size
+        if not 0 <= at <= end <= len(data):
+            raise ValueError("a column chunk lies outside the row group")
+        while at < end:
+            header, at = _thrift(data, at, _STRUCT)
+            kind, expanded, compressed, page = header[1], header[2], header[3], header[5]
+            if (kind, page[2], page[3], page[4]) != (0, 0, 3, 3) or min(expanded, compressed, page[1]) < 0:
+                raise ValueError("a page is not one of plain values")
+            values -= page[1]
+            total += expanded + 8 * page[1]  # levels, and what a null takes
+            at += compressed
+        if at != end or values:
+            raise ValueError("page headers and footer disagree")
     return total
 
 
-def _thrift_struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:
-    """A struct of Thrift's compact protocol {field: value}, and where it ends."""
+_STRUCT = 12
+_UNSOUND = (KeyError, IndexError, TypeError, RecursionError, ValueError)
+"""What :func:`_thrift` raises on bytes of another kind, and looking into what it read."""
+
+
+def _thrift(data: bytes, at: int, kind: int) -> tuple[Any, int]:
+    """A value of Thrift's compact protocol, structs as {field: value}, and where it ends."""
+    if kind in (1, 2):  # true, false
+        return kind == 1, at
+    if kind == 3:
+        return data[at], at + 1
+    if kind in (4, 5, 6):  # integers
+        value, at = _varint(data, at)
+        return value >> 1 ^ -(value & 1), at
+    if kind == 8:  # bytes
+        size, at = _varint(data, at)
+        return data[at : at + size], at + size
+    if kind == 9:
+        count, element, at = data[at] >> 4, data[at] & 15, at + 1
+        if count == 15:
+            count, at = _varint(data, at)
+        if element in (1, 2) or count > len(data):
+            raise ValueError("a list of truths, or longer than the file")
+        elements = []
+        for _ in range(count):
+            value, at = _thrift(data, at, element)
+            elements.append(value)
+        return elements, at
+    if kind != _STRUCT:
+        raise ValueError(f"a value of kind {kind}")
     fields: dict[int, Any] = {}
     field = 0
     while head := data[at]:
-        at, kind = at + 1, head & 15
+        at += 1
         if head >> 4:
             field += head >> 4
         else:
-            field, at = _zigzag(data, at)
+            field, at = _thrift(data, at, 4)
         if field in fields:
             raise ValueError(f"field {field} comes twice")
-        if kind in (1, 2):  # true, false
-            fields[field] = kind == 1
-        elif kind in (4, 5, 6):  # integers
-            fields[field], at = _zigzag(data, at)
-        elif kind == 8:  # bytes
-            size, at = _varint(data, at)
-            fields[field] = data[at : at + size]
-            at += size
-        elif kind == 12:
-            fields[field], at = _thrift_struct(data, at)
-        else:
-            raise ValueError(f"field {field} is of kind {kind}")
+        fields[field], at = _thrift(data, at, head & 15)
     return fields, at + 1
-
-
-def _zigzag(data: bytes, at: int) -> tuple[int, int]:
-    value, at = _varint(data, at)
-    return value >> 1 ^ -(value & 1), at
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
