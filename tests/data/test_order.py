@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from itertools import chain, pairwise
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3rec_dist.data.order import EpochOrder, OrderError, SampleSpec, check_world, choose_streams, epoch_order
+from s3rec_dist.data.order import EpochOrder, OrderError, Part, SampleSpec, check_world, choose_streams, epoch_order
 from s3rec_dist.hashing import key_of
 
 WORLDS = (1, 2, 3, 4, 6, 8)
@@ -43,10 +45,23 @@ def global_batches(order: EpochOrder, world: int) -> list[list[int]]:
 
 
 def make(
-    groups: list[int], *, seed: int = 0, epoch: int = 0, streams: int = 4, batch_size: int = 8, window: int = 16
+    groups: list[int],
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    streams: int = 4,
+    batch_size: int = 8,
+    window: int = 16,
+    parts: Sequence[Part] = (),
 ) -> EpochOrder:
     return epoch_order(
-        np.array(groups, dtype=np.int64), seed=seed, epoch=epoch, streams=streams, batch_size=batch_size, window=window
+        np.array(groups, dtype=np.int64),
+        seed=seed,
+        epoch=epoch,
+        streams=streams,
+        batch_size=batch_size,
+        window=window,
+        parts=parts,
     )
 
 
@@ -132,6 +147,67 @@ def test_a_sample_stays_in_its_window(order: EpochOrder) -> None:
 def test_row_groups_are_laid_end_to_end_each_once(order: EpochOrder) -> None:
     assert sorted(order.groups.tolist()) == list(range(len(order.groups)))
     assert order.bounds[0] == 0 and len(order.bounds) == len(order.groups) + 1
+
+
+def taken(order: EpochOrder) -> Counter[tuple[int, int]]:
+    """How often an order has each (row group, sample of it)."""
+    slots = zip(order.groups.tolist(), order.starts.tolist(), np.diff(order.bounds).tolist(), strict=True)
+    return Counter((group, start + i) for group, start, count in slots for i in range(count))
+
+
+MIXED = [7, 0, 13, 20, 1, 1, 30, 2, 8, 5, 5, 5, 5, 5, 5]  # row groups of four datasets: 20, 22, 40 and 30 samples
+PARTS = [Part(3), Part(3, 2.0), Part(3, 0.25), Part(6, 0.3)]
+
+
+def test_an_epoch_takes_a_part_as_often_as_its_weight_says() -> None:
+    seen: Counter[tuple[int, int]] = Counter()
+    for epoch in range(40):
+        order = make(MIXED, epoch=epoch, parts=PARTS)
+        now = taken(order)
+        assert order.samples == 20 + 2 * 22 + 10 + 9 and order.steps == make(MIXED, parts=PARTS).steps
+        assert {key: n for key, n in now.items() if key[0] < 3} == {
+            (g, i): 1 for g in range(3) for i in range(MIXED[g])
+        }
+        twice = {(g, i): 2 for g in range(3, 6) for i in range(MIXED[g])}
+        assert {key: n for key, n in now.items() if 3 <= key[0] < 6} == twice
+        seen += now
+        for groups, share, total in ((range(6, 9), 10, 40), (range(9, 15), 9, 30)):
+            assert sum(n for (g, _), n in now.items() if g in groups) == share
+            low = (epoch + 1) * share // total
+            assert {seen[g, i] for g in groups for i in range(MIXED[g])} <= {low, low + 1}
+
+
+def test_a_quarter_is_read_from_about_a_quarter_of_the_row_groups() -> None:
+    order = make([10] * 41, parts=[Part(1), Part(40, 0.25)])
+    assert len({g for g in order.groups.tolist() if g}) in (10, 11)
+
+
+def test_parts_take_turns_of_their_own() -> None:
+    orders = [taken(make([1] * 80, epoch=e, parts=[Part(40, 0.5), Part(40, 0.5)])) for e in range(2)]
+    halves = [[{g % 40 for g, _ in order if (g < 40) == is_first} for is_first in (True, False)] for order in orders]
+    assert halves[0][0] | halves[1][0] == set(range(40)) == halves[0][1] | halves[1][1]
+    assert halves[0][0] not in halves[0][1:] and halves[0][0] != halves[1][1]
+
+
+def test_the_visits_that_an_epoch_pays_to_a_row_group_are_shuffled_apart() -> None:
+    order = make([1] * 20, parts=[Part(20, 3.0)])
+    assert Counter(order.groups.tolist()) == dict.fromkeys(range(20), 3)
+    assert order.groups[:20].tolist() != order.groups[20:40].tolist() and len(set(order.groups[:20].tolist())) < 20
+
+
+def test_a_dataset_alone_has_the_order_of_one_part_of_weight_one() -> None:
+    alone, part = make(MIXED, epoch=3), make(MIXED, epoch=3, parts=[Part(len(MIXED))])
+    assert batches(alone) == batches(part) and alone.groups.tolist() == part.groups.tolist()
+
+
+@pytest.mark.parametrize(
+    ("samples", "weight", "taken_an_epoch"), [(1, 0.01, 1), (2, 0.2, 1), (10, 0.25, 2), (0, 2.0, 0)]
+)
+def test_what_an_epoch_takes_is_a_whole_number_and_no_part_is_forgotten(
+    samples: int, weight: float, taken_an_epoch: int
+) -> None:
+    for epoch in range(5):
+        assert make([4, samples], epoch=epoch, parts=[Part(1), Part(1, weight)]).samples == 4 + taken_an_epoch
 
 
 def test_row_groups_keep_their_own_sample_counts_in_the_shuffled_order() -> None:
