@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import io
 import os
 import random
 import re
@@ -36,14 +37,25 @@ TRANSFERS = 8
 """Files on their way to remote storage or from it at a time."""
 
 _ALIASES = {"local": "file", "gcs": "gs", "s3a": "s3", "s3n": "s3"}
+_S3 = ("s3://", "s3a://")
 _EXTRAS = {"s3": "s3", "gs": "gs", "hf": "hf"}
 """Protocols whose package an extra of ours installs."""
+_CONNECTIONS = 64
+"""To S3 at a time; with botocore's own 10 most readers would wait for each other."""
 _PERMANENT = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
 """Errors that trying again does not mend."""
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0
 _BLOCK = 16 << 20
+_READINGS = 4
+"""Times that bytes with a wrong hash are read, before the file and not the network is to blame."""
 _SECRET_NAMES = re.compile("SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|_KEY$|ACCESS_KEY", re.IGNORECASE)
-_SIGNED = re.compile(r"[?&](x-amz-|signature|sig|token|access_?key|awsaccesskeyid|credential)", re.IGNORECASE)
+_USER = re.compile(r"://([^/@\s]*|[^/:@\s]*:(?!\d+(/|$))[^@\s]*)@")
+"""User information in a URL, also with a secret that has slashes."""
+_SIGNED = re.compile(
+    r"[?&](x-amz-|x-goog-|sig|token|access_?key|awsaccesskeyid|googleaccessid|credential|api_?key|secret|passw)",
+    re.IGNORECASE,
+)
 
 
 class StorageError(ValueError):
@@ -100,9 +112,8 @@ class Storage:
         try:
             return self._retry(url, fetch)
         except StorageError:
-            with contextlib.suppress(Exception):
-                if (whole := self.size(url)) < offset + size:
-                    raise DamagedFile(f"{url}: has {whole:,} bytes, expected {offset + size:,} or more") from None
+            if (whole := self.size(url)) < offset + size:
+                raise DamagedFile(f"{url}: has {whole:,} bytes, expected {offset + size:,} or more") from None
             raise
 
     def read_checked(self, url: str, offset: int, size: int, sha256: bytes) -> bytes:
@@ -115,7 +126,7 @@ class Storage:
             data = self._cache.get(sha256)
             if data is not None:
                 return data
-        for _ in range(1 + is_remote):  # bytes that the network spoilt are right the second time
+        for _ in range(_READINGS if is_remote else 1):  # bytes that the network spoilt are right another time
             data = self.read_range(url, offset, size)
             if hashlib.sha256(data).digest() == sha256:
                 if is_remote and self._cache is not None:
@@ -150,23 +161,24 @@ class Storage:
         if (path := self.local(url)) is not None:
             return os.path.exists(path)
         filesystem, path = self._remote(url)
-        filesystem.invalidate_cache()
-        return bool(self._retry(url, lambda: filesystem.exists(path)))
+        try:
+            self._retry(url, lambda: self._call(filesystem, "info", path))  # exists() takes some failures for absence
+        except FileNotFoundError:
+            return False
+        return True
 
     def is_folder(self, url: str) -> bool:
         """Whether there is a folder, or on an object store anything below."""
         if (path := self.local(url)) is not None:
             return os.path.isdir(path)
         filesystem, path = self._remote(url)
-        filesystem.invalidate_cache()
-        return bool(self._retry(url, lambda: filesystem.isdir(path)))
+        return bool(self._retry(url, lambda: self._call(filesystem, "isdir", path)))
 
     def names(self, url: str) -> list[str]:
         """Names in a folder, sorted; none where it does not exist."""
         if (path := self.local(url)) is not None:
             return sorted(os.listdir(path)) if os.path.isdir(path) else []
         filesystem, path = self._remote(url)
-        filesystem.invalidate_cache()
         try:
             found = self._retry(url, lambda: filesystem.ls(path, detail=False))
         except FileNotFoundError:
@@ -190,11 +202,9 @@ class Storage:
             with fsspec.open(path, "rb", compression=compression) as file:
                 yield file
             return
-        filesystem, path = self._remote(url)
-        opened = fsspec.core.OpenFile(filesystem, path, "rb", compression=_compression(path, compression))
-        file = self._retry(url, opened.open)
-        with file:
-            yield file
+        kind = fsspec.core.get_compression(url, compression)
+        with io.BufferedReader(_RemoteFile(self, url), _BLOCK) as file:
+            yield fsspec.compression.compr[kind](file, mode="rb") if kind else file
 
     def write(self, url: str, data: bytes) -> None:
         """Writes a small file, whole or not at all; locally it is on disk when this returns."""
@@ -225,7 +235,6 @@ class Storage:
 
         def put() -> None:
             filesystem.put_file(path, target)
-            filesystem.invalidate_cache(filesystem._parent(target))
             if (arrived := self._call(filesystem, "info", target)["size"]) != size:
                 raise _ShortRead(f"{arrived:,} bytes arrived, {size:,} were sent")
 
@@ -314,7 +323,6 @@ class Storage:
                     os.unlink(path)
             return
         filesystem, path = self._remote(url)
-        filesystem.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):
             self._retry(url, lambda: filesystem.rm(path, recursive=True))
 
@@ -335,15 +343,23 @@ class Storage:
                 f"{hide(url)}: protocol {protocol!r} is not allowed; those are {', '.join(self.config.protocols)}, "
                 "name others in storage.protocols"
             )
-        if "@" in rest.split("/")[0] or _SIGNED.search(rest):
+        if _USER.search(url) or _SIGNED.search(rest):
             raise StorageError(
                 f"{hide(url)}: the URL carries credentials; take them out and give them through the environment"
             )
         return protocol, rest if protocol == "file" else url
 
     def _remote(self, url: str) -> tuple[Any, str]:
+        options: dict[str, Any] = {} if "::" in url else {"use_listings_cache": False}  # other processes write too
+        if url.startswith(_S3):
+            own = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+            timeouts = {"connect_timeout": self.config.timeout_s, "read_timeout": self.config.timeout_s}
+            limits = {"retries": {"total_max_attempts": 1}, "max_pool_connections": _CONNECTIONS}
+            options["config_kwargs"] = {**own, **timeouts, **limits}
         try:
-            filesystem, path = fsspec.core.url_to_fs(url)
+            filesystem, path = fsspec.core.url_to_fs(url, **options)
+            if hasattr(filesystem, "retries"):
+                filesystem.retries = 1  # s3fs and gcsfs count all attempts in it; it is us who try again
         except ImportError as error:
             protocol = self._checked(url)[0]
             extra = f"pip install 's3rec-dist[{_EXTRAS[protocol]}]'" if protocol in _EXTRAS else "install its package"
@@ -368,6 +384,11 @@ class Storage:
             except _PERMANENT as error:
                 raise type(error)(error.errno, hide(error.strerror or str(error)), url) from None
             except Exception as error:  # what may be raised differs from storage to storage
+                if type(error).__name__ in _NO_CREDENTIALS:
+                    raise StorageError(
+                        f"{url}: no credentials ({error}); give them through the environment, as in AWS_ACCESS_KEY_ID "
+                        "and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for public data"
+                    ) from None
                 reason = hide(f"{type(error).__name__}: {error}".rstrip(": "))
             if attempt < self.config.retries:
                 time.sleep(wait * random.uniform(0.5, 1.5))
@@ -401,17 +422,44 @@ def _compare(url: str, found: int, digest: str, size: int | None, sha256: str) -
         raise DamagedFile(f"{url}: SHA-256 is {digest}, its manifest says {sha256}")
 
 
+class _RemoteFile(io.RawIOBase):
+    """A remote file as a stream, of ranges that are tried again each."""
+
+    def __init__(self, storage: Storage, url: str) -> None:
+        self._storage, self._url, self._size, self._at = storage, url, storage.size(url), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(min(len(buffer), self._size - self._at), 0)
+        if size:
+            buffer[:size] = self._storage.read_range(self._url, self._at, size)
+            self._at += size
+        return size
+
+
 class RangeCache:
     """Byte ranges in a local folder, by SHA-256, least recently used ones dropped beyond ``limit`` bytes.
 
     Processes of a host may share it. A range is written beside its place and renamed, so a crash leaves no half of
     one under its name; what was damaged is noticed by its hash and fetched again. Sizes are counted in a file that
-    is changed under a lock.
+    is changed under a lock. All of it lies in a folder of its own in ``folder``, whose other contents stay.
     """
 
     def __init__(self, folder: str, limit: int) -> None:
-        self.folder, self.limit = folder, limit
-        os.makedirs(folder, exist_ok=True)
+        self.folder, self.limit = os.path.join(folder, "s3rec-ranges"), limit
+        os.makedirs(self.folder, exist_ok=True)
 
     def get(self, sha256: bytes) -> bytes | None:
         """The bytes with this hash, or None."""
@@ -419,14 +467,15 @@ class RangeCache:
         try:
             with open(path, "rb") as file:
                 data = file.read()
-            os.utime(path)  # now the most recently used
-        except FileNotFoundError:
+        except OSError:
             return None
-        if hashlib.sha256(data).digest() == sha256:
-            return data
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        return None
+        whole = hashlib.sha256(data).digest() == sha256
+        with contextlib.suppress(OSError):
+            if whole:
+                os.utime(path)  # now the most recently used
+            else:
+                os.unlink(path)
+        return data if whole else None
 
     def put(self, sha256: bytes, data: bytes) -> None:
         """Keeps ``data``, making room for it first; does nothing where it is larger than the limit or the disk full."""
@@ -434,7 +483,8 @@ class RangeCache:
         if len(data) > self.limit or os.path.exists(path):
             return
         with contextlib.suppress(OSError), self._locked() as counter:  # a cache that cannot be written is no error
-            used = int(counter.read() or 0)
+            count = counter.read()  # nothing where there is none yet, or a process died while it wrote
+            used = int(count) if count.isdigit() else self.limit
             if used + len(data) > self.limit:
                 used = self._make_room(self.limit - len(data))
             counter.seek(0)
@@ -480,7 +530,7 @@ class RangeCache:
 
 def hide(text: str) -> str:
     """``text`` without what may be a secret: user information and signatures in URLs, values of secret variables."""
-    text = re.sub(r"://[^/\s@]+@", "://***@", text)
+    text = _USER.sub("://***@", text)
     text = re.sub(r"([?&][^=&\s]+)=[^&\s]+", r"\1=***", text)
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_NAMES.search(name):
@@ -493,16 +543,20 @@ def add_storage_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage",
         nargs="+",
+        action="extend",
+        type=_setting,
         default=[],
         metavar="key=value",
         help="storage settings, as in cache_dir=/tmp/cache retries=12; 's3rec pretrain --print-config' lists them",
     )
 
 
+def _setting(text: str) -> str:
+    if not re.match("[a-z_]+=", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected key=value; give other arguments before --storage")
+    return text
+
+
 def storage_of(args: argparse.Namespace) -> Storage:
     """The storage that ``--storage`` asks for."""
     return Storage(load_config(None, [f"storage.{setting}" for setting in args.storage]).storage)
-
-
-def _compression(path: str, compression: str | None) -> str | None:
-    return fsspec.core.get_compression(path, compression)
