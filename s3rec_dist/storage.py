@@ -301,8 +301,12 @@ class Storage:
 
         def copy(name: str) -> None:
             there = f"{destination}/{name}"
-            filesystem.makedirs(there.rpartition("/")[0], exist_ok=True)
-            self._retry(url, lambda: filesystem.cp_file(f"{source}/{name}", there))
+
+            def attempt() -> None:
+                filesystem.makedirs(there.rpartition("/")[0], exist_ok=True)
+                filesystem.cp_file(f"{source}/{name}", there)
+
+            self._retry(url, attempt)
 
         before = sizes(source)
         ends = {name for name in before if name.rpartition("/")[2] == last}
