@@ -192,7 +192,7 @@ def test_parts_take_turns_of_their_own() -> None:
 def test_the_visits_that_an_epoch_pays_to_a_row_group_are_shuffled_apart() -> None:
     order = make([1] * 20, parts=[Part(20, 3.0)])
     assert Counter(order.groups.tolist()) == dict.fromkeys(range(20), 3)
-    assert order.groups[:20].tolist() != order.groups[20:40].tolist() and len(set(order.groups[:20].tolist())) < 20
+    assert int((np.diff(order.groups) == 0).sum()) < 10 and len(set(order.groups[:20].tolist())) < 20
 
 
 def test_a_dataset_alone_has_the_order_of_one_part_of_weight_one() -> None:
