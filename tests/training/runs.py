@@ -148,15 +148,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    results = {}
+    results, own = {}, int(os.environ["RANK"])
     for name, job in json.loads(Path(sys.argv[1]).read_text()).items():
         error = ""
         try:
-            run(job["stage"], from_dict(job["config"], "job"), dies_before=job.get("dies_before"), by=job.get("by", ""))
+            dies_before = job.get("dies_before") if job.get("rank", own) == own else None
+            run(job["stage"], from_dict(job["config"], "job"), dies_before=dies_before, by=job.get("by", ""))
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
         results[name] = gather(error)
-    if os.environ["RANK"] == "0":
+    if own == 0:
         print("RESULT " + json.dumps(results), flush=True)
 
 
