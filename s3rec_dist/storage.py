@@ -246,13 +246,13 @@ class Storage:
         is_remote = self.local(url) is None
         draft = f"{path}.partial"
         try:
-            for attempt in range(1 + is_remote):  # bytes that the network spoilt are right the second time
+            for _ in range(_READINGS if is_remote else 1):  # bytes that the network spoilt are right another time
                 digest, written = hashlib.sha256(), 0
                 with open(draft, "wb") as file:
                     for block in self._blocks(url):
                         written += file.write(block)
                         digest.update(block)
-                if attempt == is_remote or sha256 in ("", digest.hexdigest()):
+                if sha256 in ("", digest.hexdigest()):
                     break
             _compare(url, written, digest.hexdigest(), size, sha256)
             os.replace(draft, path)
