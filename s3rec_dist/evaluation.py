@@ -133,6 +133,8 @@ def evaluate(
     if world_size > 1:
         dist.all_reduce(sums)
     ranked = int(sums[-1].item())  # all users but those of damaged shards that were left out
+    if not ranked:
+        raise EvaluationError(f"{dataset.path}: all its users lie in damaged shards; restore them")
     return EvaluationResult(_metrics(sums[:-1], cutoffs, ranked), ranked, protocol)
 
 
@@ -339,7 +341,7 @@ class GivenNegatives:
         rows: list[np.ndarray] = []
         for number, (user, *items) in _lines(path, dataset.storage):
             where = f"{path}:{number}"
-            if user not in known:
+            if user not in known and not dataset.damaged:
                 raise EvaluationError(f"{where}: user {user!r} is not in {dataset.path}; take the line out")
             if user in place:
                 raise EvaluationError(f"{where}: user {user!r} has a line already; leave one of them")

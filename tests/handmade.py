@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from s3rec_dist.data.dataset import ATTRIBUTES_SCHEMA, ITEMS_SCHEMA, Dataset, Index, new_manifest
+from s3rec_dist.data.dataset import ATTRIBUTES_SCHEMA, ITEMS_SCHEMA, Dataset, Index, new_manifest, sealed
 from s3rec_dist.data.formats import SHARD_SCHEMA, Format, write_parquet_table, write_shards
 from s3rec_dist.data.order import SampleSpec
 
@@ -75,7 +75,9 @@ def rows_of(dataset: Dataset) -> list[tuple[str, list[int]]]:
 def change_manifest(folder: Path, /, **changes: Any) -> None:
     """Writes other fields into the manifest."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    tree = {**json.loads(path.read_text()), **changes}
+    del tree["sha256"]
+    path.write_text(sealed(tree))
 
 
 def change_index(folder: Path, **changes: Any) -> None:

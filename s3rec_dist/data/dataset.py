@@ -263,8 +263,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """Text for manifest.json; equal manifests give equal text."""
-        tree = {"kind": FORMAT, **dataclasses.asdict(self)}
-        return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n"
+        return sealed({"kind": FORMAT, **dataclasses.asdict(self)})
 
     @classmethod
     def from_json(cls, text: str, source: str = "manifest.json") -> Manifest:
@@ -280,7 +279,9 @@ class Manifest:
                 f"{source}: dataset version {tree.get('version')!r}, this program reads version {VERSION}; "
                 "prepare the dataset again with this version"
             )
-        tree.pop("kind", None)
+        if sealed({name: value for name, value in tree.items() if name != _SEAL}) != text:
+            raise DatasetError(f"{source}: has changed since it was written; {_RESTORE}")
+        del tree["kind"], tree[_SEAL]
         try:
             shards = tuple(Shard(**shard) for shard in tree.pop("shards"))
             first, second = tree.pop("rows_content")
@@ -308,6 +309,18 @@ class Manifest:
     def fingerprint(self) -> str:
         """SHA-256 of the manifest's text: one name for this exact dataset."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+_SEAL = "sha256"
+
+
+def sealed(tree: Mapping[str, Any]) -> str:
+    """Canonical JSON of a manifest with the SHA-256 of what it says."""
+
+    def text(fields: Mapping[str, Any]) -> str:
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n"
+
+    return text({**tree, _SEAL: hashlib.sha256(text(tree).encode()).hexdigest()})
 
 
 @dataclass(frozen=True)
@@ -376,7 +389,7 @@ class Dataset:
                 f"{source}: no such file; expected a dataset folder that 's3rec prepare --output {path}' writes"
             ) from error
         except (OSError, UnicodeDecodeError) as error:
-            raise DatasetError(f"{source}: cannot be read ({error})") from error
+            raise DatasetError(f"{source}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
         return Manifest.from_json(text, source)
 
     @property
@@ -433,11 +446,8 @@ class Dataset:
         try:
             if size >= 0 and (found := self.storage.size(url)) != size:
                 raise DatasetError(f"{url}: has {found:,} bytes, the manifest says {size:,}; {_RESTORE}")
-            if hashes and (digest := self.storage.sha256(url)) != sha256:
-                raise DatasetError(
-                    f"{url}: SHA-256 is {digest}, the manifest says {sha256}; "
-                    f"the file has changed since it was prepared: {_RESTORE}"
-                )
+            if hashes and sha256 not in (self.storage.sha256(url) for _ in range(2)):  # once spoilt by the network
+                raise DatasetError(f"{url}: {_CHANGED}")
         except FileNotFoundError as error:
             raise self._missing(name) from error
         except OSError as error:
@@ -580,15 +590,13 @@ class Dataset:
         """One of the manifest's files, its SHA-256 verified."""
         url = self.file(name)
         try:
-            data = self.storage.read(url)
-            if (digest := hashlib.sha256(data).hexdigest()) != self.manifest.files[name]:
-                raise DatasetError(
-                    f"{url}: SHA-256 is {digest}, the manifest says {self.manifest.files[name]}; "
-                    f"the file has changed since it was prepared: {_RESTORE}"
-                )
+            sha256 = bytes.fromhex(self.manifest.files[name])
+            data = self.storage.read_checked(url, 0, self.storage.size(url), sha256)
             return read_parquet_table(data, schema, url)
         except FileNotFoundError as error:
             raise self._missing(f"{self.manifest.folder}{name}") from error
+        except DamagedFile as error:
+            raise DatasetError(f"{url}: {_CHANGED}") from error
         except OSError as error:
             raise DatasetError(f"{url}: cannot be read ({error})") from error
         except FormatError as error:
@@ -620,6 +628,7 @@ class Dataset:
 
 
 _RESTORE = "restore it or prepare the dataset again"
+_CHANGED = f"its SHA-256 is not the manifest's; the file has changed since it was prepared: {_RESTORE}"
 
 
 class _Damaged(DatasetError):

@@ -116,23 +116,13 @@ def test_changed_bytes_and_cuts_of_index_and_catalogue_are_noticed_before_they_a
                 use(Dataset.open(str(folder)))
 
 
-def test_every_changed_bit_of_the_manifest_is_an_error_or_another_fingerprint(whole: Dataset) -> None:
-    """Nothing vouches for the manifest itself: its fingerprint, which runs and checkpoints keep, tells."""
+def test_every_changed_bit_of_the_manifest_is_an_error(whole: Dataset) -> None:
     clean = (Path(whole.path) / "manifest.json").read_bytes()
-    errors = 0
     for at in range(len(clean)):
         for bit in range(8):
             changed = clean[:at] + bytes([clean[at] ^ 1 << bit]) + clean[at + 1 :]
-            try:
-                text = changed.decode()
-            except UnicodeDecodeError:
-                errors += 1
-                continue
-            try:
-                assert Manifest.from_json(text).fingerprint != whole.fingerprint, (at, bit)
-            except DatasetError:
-                errors += 1
-    assert errors > 4 * len(clean)
+            with pytest.raises((DatasetError, UnicodeDecodeError)):
+                Manifest.from_json(changed.decode())
 
 
 def test_a_manifest_cut_anywhere_is_an_error(whole: Dataset, folder: Path) -> None:

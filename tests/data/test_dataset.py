@@ -346,7 +346,9 @@ def test_verify_names_a_changed_file(folder: Path, name: str) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DatasetError, match=rf"{path.name}: SHA-256 is .* the file has changed since it was prepared"):
+    with pytest.raises(
+        DatasetError, match=rf"{path.name}: its SHA-256 is not .* the file has changed since it was prepared"
+    ):
         Dataset.open(str(folder)).verify()
     Dataset.open(str(folder)).verify(hashes=False)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import pickle
 import re
@@ -28,6 +27,7 @@ from handmade import (
     EXTENSIONS,
     FORMATS,
     arrow_of,
+    change_manifest,
     parquet_of,
     parquet_ranges,
     random_groups,
@@ -406,9 +406,7 @@ def test_no_extension_type_is_decoded_from_index_and_catalogue(tmp_path: Path, n
     table = table.set_column(0, table.column_names[0], pa.ExtensionArray.from_storage(trap(column.type), column))
     data = parquet_of(table, store_schema=True)
     (tmp_path / name).write_bytes(data)
-    tree = json.loads((tmp_path / "manifest.json").read_text())
-    tree["files"][name] = hashlib.sha256(data).hexdigest()
-    (tmp_path / "manifest.json").write_text(json.dumps(tree))
+    change_manifest(tmp_path, files={**dataset.manifest.files, name: hashlib.sha256(data).hexdigest()})
     trap.sprung = 0
     dataset = Dataset.open(dataset.path)
     dataset.verify()

@@ -152,6 +152,8 @@ def test_samples_are_those_that_training_takes(ml100k: Path, tmp_path: Path) -> 
 def test_no_shard_is_read_unless_to_verify_it(format: str, toy: Callable[..., Dataset]) -> None:
     class NoShards(Storage):
         def read_range(self, url: str, offset: int, size: int) -> bytes:
+            if "/shards/" not in url:
+                return super().read_range(url, offset, size)
             raise StorageError(f"{url}: read")
 
         def sha256(self, url: str) -> str:
@@ -179,7 +181,7 @@ def test_a_byte_that_changes_anywhere_is_found(format: str, toy: Callable[..., D
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
             problems = inspect(Dataset.open(dataset.path), verify=True)["checks"]["problems"]
             assert {problem["file"] for problem in problems} == {name}
-            assert any("SHA-256 is" in problem["problem"] for problem in problems)
+            assert any("SHA-256" in problem["problem"] for problem in problems)
         path.write_bytes(whole)
 
 
@@ -199,8 +201,7 @@ def test_all_that_is_wrong_is_listed_and_the_status_is_1(
     out = capsys.readouterr().out
     assert out.endswith(
         "checks: FAILED for 3 files; restore them or prepare the dataset again\n"
-        f"  items.parquet\n    SHA-256 is {hashlib.sha256(b'nothing').hexdigest()}, the manifest says "
-        f"{dataset.manifest.files['items.parquet']}\n"
+        "  items.parquet\n    its SHA-256 is not the manifest's\n"
         f"  shards/00000.parquet\n    has {size - 1:,} bytes, the manifest says {size:,}\n"
         "  shards/00001.parquet\n    no such file, but the manifest lists it\n"
     )
