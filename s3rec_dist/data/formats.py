@@ -225,7 +225,8 @@ class _TarShard:
     def write(self, batch: pa.RecordBatch) -> None:
         sink = io.BytesIO()
         with pa.ipc.new_stream(sink, SHARD_SCHEMA) as stream:
-            stream.write_batch(pa.RecordBatch.from_arrays(_compact(batch), schema=SHARD_SCHEMA))
+            whole = [pa.concat_arrays([column]) for column in batch.columns]  # without what a slice leaves around it
+            stream.write_batch(pa.RecordBatch.from_arrays(whole, schema=SHARD_SCHEMA))
         data = sink.getvalue()
         offset = self._writer.tarstream.offset + 512  # after the member's header
         self._writer.write({"__key__": f"{self._key}-{len(self._ranges):05d}", "arrow": data})
@@ -236,11 +237,6 @@ class _TarShard:
         self._writer.close()
         self._file.close()
         return self._ranges
-
-
-def _compact(batch: pa.RecordBatch) -> list[pa.Array]:
-    """The columns without what a slice leaves around them."""
-    return [pa.concat_arrays([column]) if column.offset else column for column in batch.columns]
 
 
 def parquet_writer(path: str, schema: pa.Schema, statistics: bool = True) -> pq.ParquetWriter:
