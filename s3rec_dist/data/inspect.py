@@ -26,7 +26,7 @@ import pyarrow as pa
 from s3rec_dist.config import Config
 from s3rec_dist.data.dataset import Dataset, DatasetError, Index, ItemAttributes, Shard
 from s3rec_dist.data.formats import add_contents, content_of
-from s3rec_dist.data.order import SampleSpec
+from s3rec_dist.data.order import stage_spec
 from s3rec_dist.data.output import Progress
 from s3rec_dist.storage import DamagedFile, add_storage_argument, storage_of
 
@@ -112,8 +112,8 @@ def sample_facts(lengths: np.ndarray, counts: np.ndarray) -> Facts:
     """Samples that an epoch of either stage takes under the default settings."""
     config = Config()
     length = config.model.max_length
-    pretrain = SampleSpec(config.pretrain.samples, max_items=length)
-    finetune = SampleSpec(config.finetune.samples, max_items=length + 1, min_items=2)
+    pretrain = stage_spec("pretrain", config.pretrain.samples, length)
+    finetune = stage_spec("finetune", config.finetune.samples, length)
     return {
         "max_length": length,
         "pretrain": int(pretrain.counts(lengths.astype(np.int64)) @ counts),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -63,6 +63,14 @@ class SampleSpec:
             return windows
         drawn = hash64(rows.astype(np.int64), key)
         return self.min_items + uniform_below(drawn, windows - self.min_items + 1)
+
+
+def stage_spec(stage: Literal["pretrain", "finetune"], samples: Any, max_length: int) -> SampleSpec:
+    """The samples of a training stage whose encoder sees ``max_length`` items; fine-tuning's have one more, the last
+    target."""
+    if stage == "pretrain":
+        return SampleSpec(samples, max_items=max_length)
+    return SampleSpec(samples, max_items=max_length + 1, min_items=2)
 
 
 def choose_streams(batch_size: int, streams: int = 0) -> int:

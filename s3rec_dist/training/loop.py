@@ -24,7 +24,7 @@ import torch.distributed as dist
 import s3rec_dist
 from s3rec_dist.config import Config, ConfigError, PretrainConfig, StageConfig, to_dict, to_yaml
 from s3rec_dist.data.dataset import Dataset
-from s3rec_dist.data.order import SampleSpec
+from s3rec_dist.data.order import stage_spec
 from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, finetune_batch, pretrain_batch
 from s3rec_dist.data.stream import PackedSequences, Stream
 from s3rec_dist.evaluation import evaluate
@@ -48,9 +48,6 @@ from s3rec_dist.training.folder import RunFolder
 from s3rec_dist.training.tracking import KEPT_FILES, Tracker, clock, open_tracker, peak_memory_mb
 
 StageName = Literal["pretrain", "finetune"]
-
-HOLDOUT = 2
-"""Newest items of a sequence that training never sees: validation and test."""
 
 _STAGE_KEYS = {"pretrain": 1, "finetune": 2}
 
@@ -90,12 +87,10 @@ class Task:
                 f"model.max_length={length} with {dataset.n_items} items: a sequence may hold all of them, and then "
                 f"has no negatives; set model.max_length to at most {max(dataset.n_items - 2, 0)}"
             )
+        self.spec = stage_spec(name, self.stage.samples, length)
         if name == "pretrain":
-            self.spec = SampleSpec(self.stage.samples, max_items=length, min_items=1, holdout=HOLDOUT)
-            holdout = HOLDOUT if config.pretrain.segment_negatives == "train_only" else 0
+            holdout = self.spec.holdout if config.pretrain.segment_negatives == "train_only" else 0
             self._segment_pool = torch.from_numpy(dataset.segment_pool(holdout)).to(device)
-        else:
-            self.spec = SampleSpec(self.stage.samples, max_items=length + 1, min_items=2, holdout=HOLDOUT)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -245,8 +240,8 @@ class _Training:
         self.steps_per_epoch = self.stream.steps_per_epoch
         if not self.stream.samples_per_epoch:
             raise TrainingError(
-                f"{self.config.data.path}: no sequence is long enough to train on; with its last {HOLDOUT} items held "
-                f"out for validation and test, one needs {HOLDOUT + task.spec.min_items} items or more"
+                f"{self.config.data.path}: no sequence is long enough to train on; with its last {task.spec.holdout} items "
+                f"held out for validation and test, one needs {task.spec.holdout + task.spec.min_items} items or more"
             )
         self.total_steps = self.stage.epochs * self.steps_per_epoch
         self.parameters = sum(p.numel() for p in model.parameters())
