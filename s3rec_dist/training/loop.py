@@ -239,9 +239,10 @@ class _Training:
         self.stream = task.stream(world)
         self.steps_per_epoch = self.stream.steps_per_epoch
         if not self.stream.samples_per_epoch:
+            held_out = task.spec.holdout
             raise TrainingError(
-                f"{self.config.data.path}: no sequence is long enough to train on; with its last {task.spec.holdout} items "
-                f"held out for validation and test, one needs {task.spec.holdout + task.spec.min_items} items or more"
+                f"{self.config.data.path}: no sequence is long enough to train on; with its last {held_out} items held "
+                f"out for validation and test, one needs {held_out + task.spec.min_items} items or more"
             )
         self.total_steps = self.stage.epochs * self.steps_per_epoch
         self.parameters = sum(p.numel() for p in model.parameters())
