@@ -476,7 +476,9 @@ def _reference_names(layers: int) -> dict[str, tuple[str, ...]]:
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``s3rec export``."""
-    parser.add_argument("model", metavar="RUN", help="a run (its best checkpoint), a checkpoint, or a model folder")
+    parser.add_argument(
+        "model", metavar="RUN", help="folder or URL of a run (its best checkpoint), a checkpoint or a model"
+    )
     parser.add_argument(
         "--dataset",
         "--data",
@@ -495,7 +497,9 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
         default="reference",
         help="what wrote the checkpoint: reference (the default) is the S3-Rec authors' PyTorch code",
     )
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="the .pt file, a plain state dict")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="URL", help="path or URL of the .pt file, a plain state dict"
+    )
     parser.add_argument(
         "--dataset",
         "--data",
@@ -509,7 +513,7 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, metavar="DIR", help="model folder to write")
+    parser.add_argument("--output", required=True, metavar="URL", help="model folder to write, a path or URL")
     parser.add_argument("--overwrite", action="store_true", help="replace the output if it is a model folder")
     add_storage_argument(parser)
 

@@ -341,7 +341,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--users", nargs="+", metavar="USER", help="raw ids of the users wanted (default: all)")
     parser.add_argument("--k", type=_positive, default=10, metavar="K", help="items for each user (default: 10)")
     parser.add_argument("--include-seen", action="store_true", help="recommend items of the user's own history as well")
-    parser.add_argument("--output", required=True, metavar="FILE", help="Parquet to write: user, rank, item, score")
+    parser.add_argument(
+        "--output", required=True, metavar="URL", help="Parquet to write, a path or URL: user, rank, item, score"
+    )
     parser.add_argument(
         "--batch-users",
         type=_positive,
