@@ -247,8 +247,8 @@ class FinetuneConfig(StageConfig):
     samples: Literal["all_prefixes", "full_sequence", "one_random_prefix"] = "full_sequence"
     """What one user contributes to an epoch."""
     pretrained: str = "auto"
-    """Weights to start from: ``auto`` is the newest checkpoint of ``<output>/pretrain``; a run's or
-    checkpoint's folder; an exported folder; or ``none`` to train from scratch."""
+    """Weights to start from: ``auto`` is the newest checkpoint of ``<output>/pretrain``; a run's, a checkpoint's or an
+    exported model's folder (a path or fsspec URL); or ``none`` to train from scratch."""
     loss: Literal["bce", "bpr", "ce"] = "bce"
     """``bce`` and ``bpr`` against one sampled negative a position, ``ce`` against all items."""
     positions: Literal["all", "last"] = "all"
@@ -280,7 +280,7 @@ class EvaluationConfig:
     negatives: int = 99
     """Negatives drawn for each user under ``sampled``."""
     negatives_file: str = ""
-    """Lines ``user item item ...`` in raw ids, used instead of a draw under ``sampled``."""
+    """File (a path or URL) of lines ``user item item ...`` in raw ids, used instead of a draw under ``sampled``."""
     seed: int = 2020
     """Seed of the negative draw."""
     cutoffs: tuple[int, ...] = (1, 5, 10, 20)
@@ -340,7 +340,7 @@ class Config:
     """One experiment: both stages, on one dataset."""
 
     output: str = "runs/default"
-    """Folder of the run; stages write to ``<output>/pretrain`` and ``<output>/finetune``."""
+    """Folder of the run (a path or fsspec URL); stages write to ``<output>/pretrain`` and ``<output>/finetune``."""
     seed: int = 42
     """Seed of initial weights, order, reconstruction and dropout."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -240,7 +240,7 @@ class S3Rec(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str) -> S3Rec:
-        """The model of a folder written by ``s3rec export`` or ``s3rec import``."""
+        """The model of a folder, a path or fsspec URL, written by ``s3rec export`` or ``s3rec import``."""
         from s3rec_dist.export import load_export
 
         return load_export(folder)
