@@ -1,4 +1,4 @@
-"""What runs prepare's SQL: DuckDB, inside a memory limit, spilling to disk.
+"""What runs prepare's SQL: DuckDB, inside a memory limit, spilling to disk. (Spark is in ``spark``.)
 
 An engine keeps named views and tables, and understands the common dialect that the SQL in ``plan`` is written in:
 standard types with STRING, TRY_CAST, window functions, and of functions that are not standard regexp_like,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -74,7 +75,10 @@ class Engine(Protocol):
 
 def engine_errors() -> tuple[type[Exception], ...]:
     """What an engine may raise while it runs."""
-    return OSError, duckdb.Error
+    if "pyspark" not in sys.modules:
+        return OSError, duckdb.Error
+    errors, py4j = sys.modules["pyspark.errors"], sys.modules["py4j.protocol"]
+    return OSError, duckdb.Error, errors.PySparkException, py4j.Py4JError
 
 
 def row(engine: Engine, sql: str) -> tuple[Any, ...]:
@@ -91,7 +95,7 @@ def spool(path: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> pa
     """Writes batches to a Parquet file for an engine to read; returns its schema, ``schema`` where none comes."""
     first = next(batches, None)
     schema = schema if first is None else first.schema
-    with pq.ParquetWriter(path, schema, compression="lz4", write_statistics=False) as writer:
+    with pq.ParquetWriter(path, schema, compression="snappy", write_statistics=False) as writer:
         if first is not None:
             writer.write_batch(first)
         for batch in batches:

@@ -288,20 +288,19 @@ def _narrow(engine: Engine, table: str, query: str) -> int:
 
 def _drop_weak(engine: Engine, min_user_count: int, min_item_count: int) -> int:
     """Drops events of users and of items with fewer; returns how many went. What is known already may stay."""
+    conditions = []
     for table, column, least in (("users", "u", min_user_count), ("items", "i", min_item_count)):
-        engine.table(
-            f"weak_{table}",
-            f"SELECT {column} FROM events GROUP BY {column} HAVING count(*) < {least} "
-            f"AND {column} NOT IN (SELECT {column} FROM known_{table})",
-        )
-    if not number(engine, "SELECT (SELECT count(*) FROM weak_users) + (SELECT count(*) FROM weak_items)"):
+        if least > 1:
+            engine.table(
+                f"weak_{table}",
+                f"SELECT {column} FROM events GROUP BY {column} HAVING count(*) < {least} "
+                f"AND {column} NOT IN (SELECT {column} FROM known_{table})",
+            )
+            if number(engine, f"SELECT count(*) FROM weak_{table}"):
+                conditions.append(f"{column} NOT IN (SELECT {column} FROM weak_{table})")
+    if not conditions:
         return 0
-    return _narrow(
-        engine,
-        "events",
-        "SELECT position, u, i, t FROM events WHERE u NOT IN (SELECT u FROM weak_users) "
-        "AND i NOT IN (SELECT i FROM weak_items)",
-    )
+    return _narrow(engine, "events", f"SELECT position, u, i, t FROM events WHERE {' AND '.join(conditions)}")
 
 
 def _distinct(engine: Engine) -> tuple[Any, ...]:

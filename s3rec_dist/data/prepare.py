@@ -94,8 +94,12 @@ class PrepareSettings:
     """Users per row group, the unit that training reads."""
     groups_per_shard: int = 64
     """Row groups per shard."""
+    engine: Literal["duckdb", "spark"] = "duckdb"
+    """What runs the SQL. Both give datasets with the same content."""
+    master: str = "local[*]"
+    """Spark's master; on a cluster, ``work_dir`` and ``output`` must be on a disk that all hosts share."""
     memory_limit: str = "1200MB"
-    """DuckDB's memory, to which Python's 300 MB come; it spills to disk beyond it."""
+    """DuckDB's memory, to which Python's 300 MB come, or the heap of a local Spark; both spill to disk beyond it."""
     threads: int = 0
     """DuckDB's threads; 0 is one per core."""
     work_dir: str = ""
@@ -168,6 +172,10 @@ def _open_source(settings: PrepareSettings, storage: Storage) -> Source:
 
 
 def _open_engine(settings: PrepareSettings, work: str) -> Engine:
+    if settings.engine == "spark":
+        from s3rec_dist.data.spark import Spark
+
+        return Spark(work, settings.master, settings.memory_limit)
     return DuckDB(work, settings.memory_limit, settings.threads)
 
 
@@ -231,7 +239,7 @@ def _default_name(settings: PrepareSettings) -> str:
 def _shaping_settings(settings: PrepareSettings) -> dict[str, Any]:
     """The settings that decide what the dataset holds; of paths only the last part, so that folders do not matter."""
     shaping = dataclasses.asdict(settings)
-    for name in ("output", "name", "format", "memory_limit", "threads", "work_dir", "overwrite"):
+    for name in ("output", "name", "format", "engine", "master", "memory_limit", "threads", "work_dir", "overwrite"):
         del shaping[name]
     for name in ("input", "attributes"):
         shaping[name] = os.path.basename(shaping[name].rstrip("/"))
@@ -241,7 +249,8 @@ def _shaping_settings(settings: PrepareSettings) -> dict[str, Any]:
 
 def _explain(error: Exception, settings: PrepareSettings) -> PrepareError:
     text = str(error)
-    first_line = text.strip().splitlines()[0] if text.strip() else "no details"
+    lines = [line.lstrip(": ") for line in text.splitlines() if line.strip()]
+    first_line = next((line for line in lines if not line.startswith("An error occurred while calling")), "no details")
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "max_temp_directory_size" in text:
         return PrepareError(
             f"{settings.output}: no room on the output's disk ({first_line}); free some space or choose an output on "
@@ -322,7 +331,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option(group, "rows_per_group", "users per row group", type=int, metavar="N")
     option(group, "groups_per_shard", "row groups per shard file", type=int, metavar="N")
-    option(group, "memory_limit", "DuckDB's memory, besides Python's 300 MB; beyond it, it spills", metavar="SIZE")
+    option(group, "engine", "what runs the SQL; both give the same content", choices=("duckdb", "spark"))
+    option(group, "master", "Spark's master; on a cluster, hosts must share --work-dir and --output", metavar="URL")
+    option(
+        group,
+        "memory_limit",
+        "DuckDB's memory, besides Python's 300 MB, or a local Spark's heap; both spill beyond it",
+        metavar="SIZE",
+    )
     option(group, "threads", "DuckDB's threads; 0 is one per core", type=int, metavar="N")
     option(group, "work_dir", "folder for tables and what spills; by default beside the output", metavar="DIR")
     add_storage_argument(parser)

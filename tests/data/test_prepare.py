@@ -25,9 +25,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s3rec_dist.data import plan
 from s3rec_dist.data import prepare as module
 from s3rec_dist.data.dataset import Dataset
-from s3rec_dist.data.prepare import PrepareError, PrepareSettings, add_arguments, prepare, run
+from s3rec_dist.data.prepare import PrepareError, PrepareSettings, add_arguments, prepare, run, summary
+from s3rec_dist.data.sources import Columns, Table
+from s3rec_dist.storage import Storage
 
 HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
 
@@ -296,6 +299,128 @@ def test_every_kind_of_table_gives_the_same_sequences(tmp_path: Path) -> None:
     assert found[0]["u1"] == [str(i * i % 5) for i in range(28, 0, -3)]
 
 
+def shop(folder: Path, size: int = 5_000) -> Path:
+    """Parquet in three files: users as text, items as integers, moments."""
+    rng = np.random.default_rng(1)
+    (folder / "shop").mkdir()
+    table = pa.table(
+        {
+            "user_id": [f"u{u}" for u in rng.zipf(1.4, size) % 300],
+            "item_id": (rng.zipf(1.4, size) % 200).astype(np.uint16),
+            "timestamp": pa.array(rng.integers(0, 99, size) * 10**9, pa.timestamp("ns")),
+            "rating": rng.integers(1, 6, size).astype(np.float32),
+        }
+    )
+    for part in range(3):
+        pq.write_table(table.slice(part * (size // 3), size // 3 + 2 * (part == 2)), folder / f"shop/{part}.parquet")
+    return folder / "shop"
+
+
+def from_shop(folder: Path, output: str, **given: Any) -> Dataset:
+    prepare(PrepareSettings(source="table", input=str(folder), output=output, overwrite=True, **given))
+    return Dataset.open(output)
+
+
+def test_parquet_that_the_engine_scans_and_that_arrow_reads_give_the_same_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"min_rating": 2, "duplicates": "drop_consecutive", "min_item_count": 4}
+    scanned = from_shop(shop(tmp_path), str(tmp_path / "scanned"), **given)
+    assert Table(str(tmp_path / "shop"), "", Columns("user_id", "item_id", "", ""), (), "").lake() is not None
+    monkeypatch.setattr(Table, "lake", lambda self: None)
+    read = from_shop(tmp_path / "shop", str(tmp_path / "read"), **given)
+    assert read.manifest == scanned.manifest and digest(tmp_path / "read") == digest(tmp_path / "scanned")
+
+
+def test_a_flipped_bit_in_parquet_with_page_checksums_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "events.parquet"
+    columns = {name: np.arange(1_000) % size for name, size in (("user_id", 7), ("item_id", 90), ("timestamp", 999))}
+    pq.write_table(pa.table(columns), path, compression="none", use_dictionary=False, write_page_checksum=True)
+    data = bytearray(path.read_bytes())
+    data[2_000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(PrepareError, match=r"events\.parquet: not a readable Parquet file .*CRC"):
+        from_shop(path, str(tmp_path / "out"))
+
+
+def test_files_may_differ_in_the_width_of_integers_but_not_in_kind(tmp_path: Path) -> None:
+    for name, kind in (("a", pa.int16()), ("b", pa.int64()), ("c", pa.string())):
+        when = {"user_id": pa.array([1, 1, 1]), "timestamp": pa.array([1, 2, 3])}
+        item = pa.array([1, 2, 1 << 40 if name == "b" else 3]).cast(kind)
+        pq.write_table(pa.table({**when, "item_id": item}), tmp_path / f"{name}.parquet")
+    assert histories(from_shop(tmp_path / "[ab].parquet", str(tmp_path / "out"))) == {
+        "1": ["1", "1", "2", "2", "3", str(1 << 40)]
+    }
+    with pytest.raises(PrepareError, match=r"c\.parquet: column 'item_id' holds string, but int64 in .*a\.parquet"):
+        from_shop(tmp_path / "*.parquet", str(tmp_path / "out"))
+
+
+def test_long_histories_keep_their_latest_interactions(tmp_path: Path) -> None:
+    dataset = from_pair(tmp_path, "a 1 2 3 4 5 6\nb 6 1 2 3\nc 6 6 6 6 6\n", max_history=4)
+    assert histories(dataset) == {"a": ["3", "4", "5", "6"], "b": ["6", "1", "2", "3"], "c": ["6", "6", "6", "6"]}
+    facts = dataset.manifest.preparation
+    assert (facts["users_truncated"], facts["interactions_truncated"]) == (2, 3)
+    assert dataset.manifest.interactions == 12
+    assert dataset.items_table().column("count").to_pylist() == [1, 1, 2, 1, 1, 6]  # of what was kept
+    assert "longest histories cut to 4: 2 users lose 3 older interactions" in summary(dataset.manifest, "out", 1.0)
+
+
+def test_what_the_filters_leave_out_is_kept_for_an_append(tmp_path: Path) -> None:
+    lines = ["s a 1 7", "k a 5 4", "k b 5 3", "k a 5 2", "s a 5 6", "k rare 5 5", "k c 5 8", "s c 5 9"]
+    lines += ["m b 5 1", "m a 5 2", "m c 5 3"]
+    inter = HEADER + "".join("\t".join(line.split()) + "\n" for line in lines)
+    dataset = from_recbole(tmp_path, inter, min_rating=2.0, min_item_count=2, duplicates="drop_repeats")
+    assert histories(dataset) == {"k": ["a", "b", "c"], "m": ["b", "a", "c"]}
+    left = pq.read_table(tmp_path / "out" / "leftover.parquet").to_pylist()
+    assert left == [
+        {"user": "s", "item": "a", "t": 6},
+        {"user": "k", "item": "rare", "t": 5},
+        {"user": "s", "item": "c", "t": 9},
+    ]
+
+
+def test_inputs_and_outputs_may_be_urls(tmp_path: Path) -> None:
+    storage = Storage()
+    for path in shop(tmp_path).iterdir():
+        storage.upload(str(path), f"memory://lake/shop/{path.name}")
+    try:
+        expected = from_shop(tmp_path / "shop", str(tmp_path / "out"))
+        for given in ("memory://lake/shop", "memory://lake/shop/*.parquet"):
+            prepare(
+                PrepareSettings(source="table", input=given, output="memory://lake/out/", overwrite=True),
+                storage=storage,
+            )
+            found = Dataset.open("memory://lake/out", storage)
+            found.verify()
+            assert found.manifest.name == "shop" and found.manifest.content == expected.manifest.content
+        storage.write("memory://lake/toy.inter", (HEADER + "u\ta\t1\t1\n" * 3).encode())
+        storage.write("memory://lake/toy.item", b"item_id:token\tclass:token_seq\na\tX Y\n")
+        output = str(tmp_path / "toy")
+        assert prepare(PrepareSettings(source="recbole", input="memory://lake/toy", output=output)).attributes == 2
+    finally:
+        storage.remove("memory://lake")
+
+
+def test_scratch_files_lie_in_the_work_folder_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    add = plan.load_attributes
+    monkeypatch.setattr(
+        plan,
+        "load_attributes",
+        lambda *args: (seen.append(os.listdir(next((tmp_path / "work").iterdir()))), add(*args)),
+    )
+    from_pair(tmp_path, "a 1 2 3\n", work_dir=str(tmp_path / "work"))
+    assert "prepare.duckdb" in seen[0] and os.listdir(tmp_path / "work") == []
+
+
+def test_spark_without_pyspark_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyspark", None)
+    monkeypatch.setitem(sys.modules, "pyspark.errors", None)
+    with pytest.raises(PrepareError, match=r"engine=spark: .* pip install 's3rec-dist\[spark\]'"):
+        from_pair(tmp_path, "a 1 2 3\n", engine="spark")
+    assert sorted(os.listdir(tmp_path)) == ["toy.txt"]
+
+
 @pytest.mark.parametrize(
     ("given", "name"), [("shop/may.csv", "may"), ("shop", "shop"), ("shop/*.csv", "shop"), ("shop/m?y/*.csv", "shop")]
 )
@@ -324,6 +449,7 @@ def test_a_dataset_is_named_after_its_input_file_or_folder(tmp_path: Path, given
         (["170000000000000002", "170000000000000001", "170000000000000003"], [2, 1, 3]),  # equal as doubles
         (["1.5", "1", "-2e3"], [3, 2, 1]),
         (["2024-02-01", "2023-12-31 23:59:59", "2024-01-01T00:00:00Z"], [2, 3, 1]),
+        (["2024-01-01 01:00:00+02:00", "2024-01-01", "2023-12-31 20:30:00-0230"], [1, 3, 2]),  # 23:00, 24:00, 23:00
         (["5", "5", "5"], [1, 2, 3]),
     ],
 )
