@@ -7,16 +7,18 @@ where that is above 1.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_case import Case, assert_close, cu_seqlens, last, parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3rec_dist.hashing import hash64, keep_mask
-from s3rec_dist.kernels.masked_attention import BACKENDS, choose_backend, masked_attention
+from s3rec_dist.kernels.masked_attention import BACKENDS, choose_backend, explain_backend, masked_attention
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
 """fp32: a few roundings of sums of up to 300 terms. bf16: scores, probabilities and their gradients are each rounded
@@ -25,91 +27,6 @@ to 8 bits (2^-9 relative), where the reference rounds only its inputs and result
 ODD_LENGTHS = (1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 31, 33, 47, 59, 60, 1)
 LONG = (300, 1, 299, 40)
 FAST = tuple(backend for backend in BACKENDS if backend != "reference")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of masked_attention, with inputs that are a function of the case."""
-
-    lengths: tuple[int, ...]
-    queries: tuple[int, ...] | None = None
-    """Queries of each sequence, its last ones; None is all of them."""
-    causal: bool = False
-    p: float = 0.0
-    heads: int = 2
-    d: int = 32
-    dtype: torch.dtype = torch.float32
-    layout: str = "separate"
-    device: str = "cpu"
-
-    def tensors(self) -> list[torch.Tensor]:
-        """q, k, v and the output's gradient, the same values in every layout."""
-        generator = torch.Generator().manual_seed(1)
-        count = sum(self.lengths if self.queries is None else self.queries)
-        rows = (count, sum(self.lengths), sum(self.lengths), count)
-        return [
-            torch.randn(n, self.heads, self.d, generator=generator).to(self.device, self.dtype, non_blocking=True)
-            for n in rows
-        ]
-
-    def keys(self) -> torch.Tensor:
-        return hash64(torch.arange(len(self.lengths)), 99).to(self.device)
-
-    def attend(self, backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return masked_attention(
-            q,
-            k,
-            v,
-            cu_seqlens(self.lengths).to(self.device),
-            max(self.lengths, default=0),
-            causal=self.causal,
-            cu_seqlens_q=None if self.queries is None else cu_seqlens(self.queries).to(self.device),
-            dropout_p=self.p,
-            dropout_keys=self.keys() if self.p else None,
-            backend=backend,
-        )
-
-    def results(self, backend: str) -> dict[str, torch.Tensor]:
-        """The output and the gradients of q, k and v."""
-        q, k, v, grad = self.tensors()
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        if self.layout == "one qkv projection":
-            base = torch.cat([q, k, v], 1).detach().requires_grad_()
-            views = base.view(len(base), 3, self.heads, self.d).unbind(1)
-            leaves = [base]
-        elif self.layout == "heads first":
-            views = tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
-        elif self.layout == "features first":
-            views = tuple(x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in (q, k, v))
-        else:
-            views = (q, k, v)
-        out = self.attend(backend, *views)
-        grads = torch.autograd.grad(out, leaves, grad)
-        if len(grads) == 1:
-            grads = grads[0].view(-1, 3, self.heads, self.d).unbind(1)
-        return {"output": out.detach()} | dict(zip(("grad of q", "grad of k", "grad of v"), grads, strict=True))
-
-
-def cu_seqlens(lengths: tuple[int, ...]) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-
-
-def parts(x: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-    """``x`` [T, ...] by sequence."""
-    return x.split(list(lengths))
-
-
-def last(count: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(min(count, length) for length in lengths)
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = "") -> None:
-    assert actual.shape == expected.shape, what
-    expected = expected.detach().to(actual.device, torch.float64)
-    scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
-    torch.testing.assert_close(
-        actual.double(), expected, rtol=0, atol=tolerance * scale, msg=lambda text: f"{what}: {text}"
-    )
 
 
 def assert_backend_equals_the_reference(case: Case, backend: str) -> None:
@@ -134,16 +51,17 @@ def test_outputs_gradients_and_dropout_bits_equal_the_references(
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    lengths = tuple(draw(st.lists(st.integers(1, 60), max_size=10)))
-    some = st.tuples(*(st.integers(1, length) for length in lengths))
+    lengths = tuple(draw(st.lists(st.integers(0, 60), max_size=10)))
+    some = st.tuples(*(st.integers(min(1, length), length) for length in lengths))
     return Case(
         lengths,
         queries=draw(st.none() | some),
-        causal=draw(st.booleans()),
+        causal=draw(st.booleans() | st.tuples(*(st.booleans() for _ in lengths))),
         p=draw(st.sampled_from([0.0, 0.1, 0.5, 0.9])),
         heads=draw(st.sampled_from([1, 2, 4])),
         d=draw(st.sampled_from([16, 32, 64])),
         layout=draw(st.sampled_from(["separate", "heads first", "features first"])),
+        invalid=draw(st.sampled_from(["none", "some", "all"])),
     )
 
 
@@ -256,6 +174,97 @@ def test_without_sequences_output_and_gradients_are_empty(backend: str, queries:
     for p in (0.0, 0.5):
         for name, value in Case((), queries, p=p).results(backend).items():
             assert value.shape == (0, 2, 32), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("queries", [None, 2])
+def test_each_sequence_may_be_causal_or_not(backend: str, queries: int | None) -> None:
+    each = tuple(i % 3 == 0 for i in range(len(ODD_LENGTHS)))
+    counts = last(queries or 60, ODD_LENGTHS)
+    case = Case(ODD_LENGTHS, counts if queries else None, each, 0.5)
+    mixed = case.results(backend)
+    for is_causal in (True, False):
+        for name, value in replace(case, causal=is_causal).results(backend).items():
+            sizes = counts if name in ("output", "grad of q") else ODD_LENGTHS
+            for own, alone, chosen in zip(parts(mixed[name], sizes), parts(value, sizes), each, strict=True):
+                if chosen == is_causal:
+                    assert_close(own, alone, TOLERANCE[torch.float32], name)
+
+
+# Masked keys and empty sequences
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("causal", [False, True])
+def test_keys_that_are_not_valid_might_as_well_not_be_there(backend: str, p: float, causal: bool) -> None:
+    """In the dropout bits and in ``causal`` a key keeps its position, so this holds of the last query's keys."""
+    case = Case((6, 4), queries=(1, 1), causal=causal, p=0.0, invalid="some")
+    valid = case.key_valid()
+    assert valid is not None
+    valid[6:] = torch.tensor([True, False, False, True])
+    q, k, v, _ = replace(case, invalid="none").tensors()
+    out = masked_attention(
+        q, k, v, cu_seqlens((6, 4)), 6, causal=causal, cu_seqlens_q=cu_seqlens((1, 1)), key_valid=valid, backend=backend
+    )
+    left = (int(valid[:6].sum()), 2)
+    expected = masked_attention(
+        q, k[valid], v[valid], cu_seqlens(left), 6, causal=causal, cu_seqlens_q=cu_seqlens((1, 1)), backend=backend
+    )
+    assert_close(out, expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_query_without_a_valid_key_gives_zeros_and_no_gradient_and_masked_keys_get_none(
+    backend: str, causal: bool
+) -> None:
+    case = Case((5, 3, 7), causal=causal, p=0.5, invalid="some")
+    valid = case.key_valid()
+    assert valid is not None and not valid[5:8].any() and valid.any()
+    results = case.results(backend)
+    for name, value in results.items():
+        assert value.isfinite().all(), name
+        assert not value[5:8].any(), name
+    assert not results["grad of k"][~valid].any() and not results["grad of v"][~valid].any()
+    q, k, v, _ = case.tensors()
+    with torch.no_grad():
+        assert not replace(case, p=0.0).attend(backend, q, k, v)[5:8].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("invalid", ["none", "some"])
+def test_empty_sequences_change_nothing(backend: str, p: float, invalid: str) -> None:
+    """But the names of the others: dropout goes by each one's key."""
+    full = Case((4, 1, 9), p=p, invalid=invalid, causal=(True, False, True))
+    sparse = replace(full, lengths=(0, 4, 0, 0, 1, 9, 0), causal=(False, True, True, False, False, True, True))
+    q, k, v, grad = full.tensors()
+    results = []
+    for lengths, keys, causal in (
+        (full.lengths, full.keys(), full.causal),
+        (sparse.lengths, sparse.keys().scatter(0, torch.tensor([1, 4, 5]), full.keys()), sparse.causal),
+    ):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = masked_attention(
+            *leaves,
+            cu_seqlens(lengths),
+            9,
+            causal=torch.tensor(causal),
+            key_valid=full.key_valid(),
+            dropout_p=p,
+            dropout_keys=keys,
+            backend=backend,
+        )
+        results.append([out, *torch.autograd.grad(out, leaves, grad)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_empty_sequences_give_nothing(backend: str) -> None:
+    for name, value in Case((0, 0), p=0.5).results(backend).items():
+        assert value.shape == (0, 2, 32), name
 
 
 # Sequences do not see each other
@@ -425,11 +434,14 @@ def test_the_call_that_the_refused_ones_change_is_right() -> None:
         ({"dropout_p": -0.1}, r"dropout_p=-0.1: expected a probability"),
         ({"dropout_p": 0.5}, r"dropout_p needs dropout_keys, int64 \[B\]"),
         ({"dropout_p": 0.5, "dropout_keys": torch.arange(3)}, r"dropout_p needs dropout_keys, int64 \[B\]"),
-        ({"backend": "flash"}, r"backend='flash': expected auto, reference, sdpa"),
+        ({"backend": "flash"}, r"backend='flash': expected auto, reference, sdpa, triton"),
         ({"cu_seqlens": cu_seqlens((3, 4))}, r"cu_seqlens .* from 0 to 7, .* expected from 0 to 8"),
-        ({"cu_seqlens": cu_seqlens((3, 5, 0))}, r"cu_seqlens .* lengths 0 to 5; expected from 1 to 5"),
-        ({"max_seqlen": 4}, r"cu_seqlens .* lengths 3 to 5; expected from 1 to 4"),
-        ({"q": torch.zeros(1, 2, 16), "cu_seqlens_q": cu_seqlens((0, 1))}, r"cu_seqlens_q .* lengths 0 to 1; expected"),
+        ({"cu_seqlens": cu_seqlens((3, 6, -1))}, r"cu_seqlens .* lengths -1 to 6; expected from 0 to 5"),
+        ({"max_seqlen": 4}, r"cu_seqlens .* lengths 3 to 5; expected from 0 to 4"),
+        ({"q": torch.zeros(1, 2, 16), "cu_seqlens_q": cu_seqlens((0, 1))}, r"tokens and no query; expected at least"),
+        ({"causal": torch.ones(3, dtype=torch.bool)}, r"causal is torch.bool \[3\]; expected bool \[2\], .* sequence"),
+        ({"causal": torch.ones(2)}, r"causal is torch.float32 \[2\]; expected bool \[2\]"),
+        ({"key_valid": torch.ones(2, dtype=torch.bool)}, r"key_valid is .* \[2\]; expected bool \[8\], .* each key"),
         ({"q": torch.zeros(9, 2, 16), "cu_seqlens_q": cu_seqlens((4, 5))}, r"more queries than tokens"),
     ],
 )
@@ -438,10 +450,58 @@ def test_tensors_that_do_not_fit_are_refused_with_what_was_expected(changes: dic
         call(**changes)
 
 
-def test_auto_is_a_fast_backend() -> None:
-    assert choose_backend() in FAST
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_auto_is_the_fast_path_of_the_device_and_says_why() -> None:
+    assert explain_backend("auto", CPU, torch.float32, 32) == ("sdpa", "the fast path on a CPU")
     x = torch.randn(8, 2, 16)
-    assert torch.equal(call(q=x, k=x, v=x), call(q=x, k=x, v=x, backend=choose_backend()))
+    assert torch.equal(call(q=x, k=x, v=x), call(q=x, k=x, v=x, backend="sdpa"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_that_is_asked_for_is_taken(backend: str) -> None:
+    assert explain_backend(backend, CPU, torch.float64, 7) == (backend, "asked for")
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "dtype", "head_size", "obstacle"),
+    [
+        (True, (9, 0), torch.bfloat16, 64, None),
+        (True, (8, 0), torch.float32, 16, None),
+        (False, (9, 0), torch.bfloat16, 64, "needs the package triton, which is not installed"),
+        (True, (9, 0), torch.float64, 64, "takes float32, float16, bfloat16, not torch.float64"),
+        (True, (9, 0), torch.bfloat16, 48, "takes head sizes 16, 32, 64, 128, not 48"),
+        (True, (7, 5), torch.float16, 64, "needs a device of compute capability 8.0 or above"),
+    ],
+)
+def test_on_a_gpu_auto_is_triton_where_it_can_be_and_asking_for_it_elsewhere_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: bool,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    head_size: int,
+    obstacle: str | None,
+) -> None:
+    monkeypatch.setattr("s3rec_dist.kernels.masked_attention._HAS_TRITON", installed)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    auto = explain_backend("auto", CUDA, dtype, head_size)
+    if obstacle is None:
+        assert auto == ("triton", "the fast path on a GPU")
+        assert choose_backend("triton", CUDA, dtype, head_size) == "triton"
+    else:
+        assert auto == ("sdpa", f"triton {obstacle}")
+        with pytest.raises(ValueError, match=re.escape(f"backend='triton' {obstacle}; use reference or sdpa")):
+            choose_backend("triton", CUDA, dtype, head_size)
+
+
+def test_on_a_cpu_triton_only_runs_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("s3rec_dist.kernels.masked_attention._HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend("triton", CPU, torch.float32, 32) == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="needs a CUDA device, or the environment variable TRITON_INTERPRET=1"):
+        call(backend="triton")
 
 
 # On a GPU

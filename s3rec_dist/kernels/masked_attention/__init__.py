@@ -1,10 +1,13 @@
 """Self-attention over packed sequences, each attending to itself alone, with dropout that is a hash.
 
 One contract, several backends (see README.md beside this file): ``reference`` is the plain definition in fp32,
-``sdpa`` the fast path on a CPU and the fallback on a GPU.
+``sdpa`` the fast path on a CPU and the fallback on a GPU, ``triton`` the kernels for a GPU.
 """
 
 from __future__ import annotations
+
+import importlib.util
+import os
 
 import torch
 
@@ -12,6 +15,11 @@ from s3rec_dist.kernels.masked_attention.reference import reference_attention
 from s3rec_dist.kernels.masked_attention.sdpa import sdpa_attention
 
 BACKENDS = ("reference", "sdpa")
+"""Those that run on every device and take every head size; ``triton`` is the third one."""
+
+TRITON_HEAD_SIZES = (16, 32, 64, 128)
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def masked_attention(
@@ -21,8 +29,9 @@ def masked_attention(
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     *,
-    causal: bool,
+    causal: bool | torch.Tensor,
     cu_seqlens_q: torch.Tensor | None = None,
+    key_valid: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_keys: torch.Tensor | None = None,
     scale: float | None = None,
@@ -31,16 +40,19 @@ def masked_attention(
     """softmax(q k^T * scale) v within each sequence; returns [Q, H, D] in the type of ``q``.
 
     ``k`` and ``v`` are [T, H, D], any stride but a contiguous D; sequence b is rows ``cu_seqlens[b]`` to
-    ``cu_seqlens[b + 1] - 1`` (int32 [B + 1]), 1 to ``max_seqlen`` of them. ``q`` is [T, H, D] likewise, or, with
-    ``cu_seqlens_q``, [Q, H, D]: the queries of only the last few tokens of each sequence, at least one. ``causal``
-    lets a token attend to itself and to what precedes it, else to the whole sequence.
+    ``cu_seqlens[b + 1] - 1`` (int32 [B + 1]), 0 to ``max_seqlen`` of them. ``q`` is [T, H, D] likewise, or, with
+    ``cu_seqlens_q``, [Q, H, D]: the queries of only the last few tokens of each sequence, at least one unless it is
+    empty. ``causal`` lets a token attend to itself and to what precedes it, else to the whole sequence; bool [B] says
+    so for each sequence. Keys where ``key_valid`` (bool [T]) is False are not looked at, whatever they hold, and get
+    no gradient; a query that is left without a key gives zeros.
 
     ``dropout_p`` drops attention probabilities; ``dropout_keys`` (int64 [B]) decides which: the bit of (sequence b,
     head h, query position i, key position j) is lane j of the row hashed from (key b, h, i), see
     :func:`~s3rec_dist.hashing.keep_mask`. It is the same in every backend, forward and backward.
 
-    Raises ValueError for tensors that do not fit this description; what ``cu_seqlens`` hold is looked at only on a
-    CPU, since reading them would stall a GPU.
+    Raises ValueError for tensors that do not fit this description, and for a backend that cannot take them; what
+    ``cu_seqlens`` hold is looked at only on a CPU and outside of ``torch.compile``, since reading them would stall a
+    GPU and break a graph.
     """
     if q.dim() != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(
@@ -50,31 +62,74 @@ def masked_attention(
         raise ValueError(f"q has {len(q)} rows, k has {len(k)}; give cu_seqlens_q where only some tokens have queries")
     if cu_seqlens_q is not None and cu_seqlens_q.shape != cu_seqlens.shape:
         raise ValueError(f"cu_seqlens_q is {list(cu_seqlens_q.shape)}, cu_seqlens is {list(cu_seqlens.shape)}")
-    if cu_seqlens.device.type == "cpu":
+    if isinstance(causal, torch.Tensor):
+        _check_flags("causal", causal, len(cu_seqlens) - 1, "sequence")
+    if key_valid is not None:
+        _check_flags("key_valid", key_valid, len(k), "key")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_lengths("cu_seqlens", cu_seqlens, len(k), max_seqlen)
         if cu_seqlens_q is not None:
             _check_lengths("cu_seqlens_q", cu_seqlens_q, len(q), max_seqlen)
-            if (cu_seqlens_q.diff() > cu_seqlens.diff()).any():
-                raise ValueError("cu_seqlens_q has sequences with more queries than tokens")
+            _check_queries(cu_seqlens_q.diff(), cu_seqlens.diff())
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p={dropout_p}: expected a probability from 0 to below 1")
     if dropout_p and (dropout_keys is None or len(dropout_keys) != len(cu_seqlens) - 1):
         raise ValueError("dropout_p needs dropout_keys, int64 [B], one for each sequence")
     if scale is None:
         scale = q.shape[2] ** -0.5
-    attention = {"reference": reference_attention, "sdpa": sdpa_attention}[choose_backend(backend)]
-    return attention(
-        q, k, v, cu_seqlens, cu_seqlens_q, max_seqlen, causal, dropout_p, dropout_keys if dropout_p else None, scale
-    )
+    name = choose_backend(backend, q.device, q.dtype, q.shape[2])
+    if name == "triton":
+        from s3rec_dist.kernels.masked_attention.triton import triton_attention as attention
+    else:
+        attention = {"reference": reference_attention, "sdpa": sdpa_attention}[name]
+    keys = dropout_keys if dropout_p else None
+    return attention(q, k, v, cu_seqlens, cu_seqlens_q, max_seqlen, causal, key_valid, dropout_p, keys, scale)
 
 
-def choose_backend(wanted: str = "auto") -> str:
-    """The backend that ``wanted`` names; ``auto`` is the fastest, today ``sdpa`` on every device."""
-    if wanted == "auto":
-        return "sdpa"
-    if wanted not in BACKENDS:
-        raise ValueError(f"backend={wanted!r}: expected auto, {', '.join(BACKENDS)}")
-    return wanted
+def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """The backend for such tensors: the one that is wanted, or for ``auto`` the fastest that takes them.
+
+    Raises ValueError for a wanted one that is unknown or does not take them.
+    """
+    return explain_backend(wanted, device, dtype, head_size)[0]
+
+
+def explain_backend(wanted: str, device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[str, str]:
+    """:func:`choose_backend`, and why, for people to read."""
+    if wanted in BACKENDS:
+        return wanted, "asked for"
+    if wanted not in ("auto", "triton"):
+        raise ValueError(f"backend={wanted!r}: expected auto, {', '.join(BACKENDS)}, triton")
+    obstacle = _triton_obstacle(device, dtype, head_size)
+    if wanted == "triton":
+        if obstacle:
+            raise ValueError(f"backend='triton' {obstacle}; use {' or '.join(BACKENDS)}")
+        return wanted, "asked for"
+    if device.type == "cpu":
+        return "sdpa", "the fast path on a CPU"
+    return ("sdpa", f"triton {obstacle}") if obstacle else ("triton", "the fast path on a GPU")
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+    """What keeps the Triton kernels from such tensors, to be read after their name."""
+    if not _HAS_TRITON:
+        return "needs the package triton, which is not installed"
+    if dtype not in TRITON_DTYPES:
+        return f"takes {', '.join(str(t).removeprefix('torch.') for t in TRITON_DTYPES)}, not {dtype}"
+    if head_size not in TRITON_HEAD_SIZES:
+        return f"takes head sizes {', '.join(map(str, TRITON_HEAD_SIZES))}, not {head_size}"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs a CUDA device, or the environment variable TRITON_INTERPRET=1 to be interpreted on a CPU"
+    if device.type not in ("cpu", "cuda"):
+        return f"runs on CUDA, not on {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs a device of compute capability 8.0 or above"
+    return None
+
+
+def _check_flags(name: str, flags: torch.Tensor, count: int, what: str) -> None:
+    if flags.dtype != torch.bool or flags.shape != (count,):
+        raise ValueError(f"{name} is {flags.dtype} {list(flags.shape)}; expected bool [{count}], one for each {what}")
 
 
 def _check_lengths(name: str, cu_seqlens: torch.Tensor, rows: int, longest: int) -> None:
@@ -83,5 +138,12 @@ def _check_lengths(name: str, cu_seqlens: torch.Tensor, rows: int, longest: int)
         raise ValueError(f"{name} goes from {first} to {last}, for {rows} rows: expected from 0 to {rows}")
     if len(cu_seqlens) > 1:
         low, high = map(int, cu_seqlens.diff().aminmax())
-        if low < 1 or high > longest:
-            raise ValueError(f"{name} has sequences of lengths {low} to {high}; expected from 1 to {longest}")
+        if low < 0 or high > longest:
+            raise ValueError(f"{name} has sequences of lengths {low} to {high}; expected from 0 to {longest}")
+
+
+def _check_queries(queries: torch.Tensor, tokens: torch.Tensor) -> None:
+    if (queries > tokens).any():
+        raise ValueError("cu_seqlens_q has sequences with more queries than tokens")
+    if ((queries == 0) & (tokens > 0)).any():
+        raise ValueError("cu_seqlens_q has sequences with tokens and no query; expected at least one")

@@ -15,7 +15,8 @@ def reference_attention(
     cu_seqlens: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     max_seqlen: int,
-    causal: bool,
+    causal: bool | torch.Tensor,
+    key_valid: torch.Tensor | None,
     dropout_p: float,
     dropout_keys: torch.Tensor | None,
     scale: float,
@@ -23,6 +24,9 @@ def reference_attention(
     """See :func:`s3rec_dist.kernels.masked_attention.masked_attention`."""
     bounds = cu_seqlens.tolist()
     bounds_q = bounds if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    is_causal = causal.tolist() if isinstance(causal, torch.Tensor) else [causal] * (len(bounds) - 1)
+    valid = torch.ones(len(k), dtype=torch.bool, device=k.device) if key_valid is None else key_valid
+    k, v = (x.masked_fill(~valid[:, None, None], 0) for x in (k, v))
     outputs = [(q[:0] + k[:0] + v[:0]).float()]  # in the graph even where there is no sequence
     for b in range(len(bounds) - 1):
         query = q[bounds_q[b] : bounds_q[b + 1]].float().transpose(0, 1)  # [H, Lq, D]
@@ -31,9 +35,11 @@ def reference_attention(
         at_query = torch.arange(key.shape[1] - query.shape[1], key.shape[1], device=q.device)  # positions of queries
         at_key = torch.arange(key.shape[1], device=q.device)
         scores = query @ key.transpose(1, 2) * scale  # [H, Lq, Lk]
-        if causal:
-            scores = scores.masked_fill(at_key > at_query[:, None], -torch.inf)
-        probabilities = scores.softmax(-1)
+        forbidden = ~valid[bounds[b] : bounds[b + 1]].expand(len(at_query), -1)
+        if is_causal[b]:
+            forbidden = forbidden | (at_key > at_query[:, None])
+        # A row without any key is NaN after the softmax; the second fill makes it zeros, of no gradient.
+        probabilities = scores.masked_fill(forbidden, -torch.inf).softmax(-1).masked_fill(forbidden, 0)
         if dropout_keys is not None:
             rows = row_keys(dropout_keys[b], at_query, q.shape[1])
             keep = keep_mask(rows, key.shape[1], 0, dropout_p)

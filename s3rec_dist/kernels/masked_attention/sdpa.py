@@ -30,16 +30,21 @@ def sdpa_attention(
     cu_seqlens: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
     max_seqlen: int,
-    causal: bool,
+    causal: bool | torch.Tensor,
+    key_valid: torch.Tensor | None,
     dropout_p: float,
     dropout_keys: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
     """See :func:`s3rec_dist.kernels.masked_attention.masked_attention`."""
-    plan = _plan(cu_seqlens, cu_seqlens_q, max_seqlen, q.shape[1])
+    plan = _plan(cu_seqlens, cu_seqlens_q, max_seqlen, q.shape[1], len(q), len(k))
+    mask = _Mask(causal, None)
+    if key_valid is not None:
+        k, v = (x.masked_fill(~key_valid[:, None, None], 0) for x in (k, v))
+        mask = _Mask(causal, key_valid[plan.keys.rows])
     if dropout_keys is None and not torch.is_grad_enabled():
-        return _inference(q, k, v, plan, causal, scale)
-    attended: torch.Tensor = _Attention.apply(q, k, v, plan, causal, dropout_p, dropout_keys, scale)
+        return _inference(q, k, v, plan, mask, scale)
+    attended: torch.Tensor = _Attention.apply(q, k, v, plan, mask, dropout_p, dropout_keys, scale)
     return attended
 
 
@@ -69,6 +74,16 @@ class _Side:
 
 
 @dataclass(frozen=True)
+class _Mask:
+    """What is forbidden besides other sequences' keys."""
+
+    causal: bool | torch.Tensor
+    """Or bool [B]."""
+    valid: torch.Tensor | None
+    """bool [R]: padded keys that may be looked at; None where it is all of them."""
+
+
+@dataclass(frozen=True)
 class _Bucket:
     """n sequences, padded to Lq queries and Lk keys."""
 
@@ -94,12 +109,22 @@ class _Bucket:
         column = torch.arange(self.query_shape[2], device=self.sequences.device)
         return column + (self.key_lengths - self.query_lengths)[:, None]
 
-    def allowed(self, causal: bool) -> torch.Tensor | None:
+    def allowed(self, mask: _Mask) -> torch.Tensor | None:
         """bool, broadcasts over [n, H, Lq, Lk]: keys that a query may look at; None where it is all of them."""
         column = torch.arange(self.key_shape[2], device=self.sequences.device)
-        if causal and self.query_shape[2] > 1:
-            return column <= self.positions()[:, None, :, None]
-        return column < self.key_lengths[:, None, None, None] if self.is_ragged else None
+        allowed = None
+        if isinstance(mask.causal, torch.Tensor):
+            each = mask.causal[self.sequences][:, None]
+            stop = torch.where(each, self.positions() + 1, self.key_lengths[:, None])
+            allowed = column < stop[:, None, :, None]
+        elif mask.causal and self.query_shape[2] > 1:
+            allowed = column <= self.positions()[:, None, :, None]
+        elif self.is_ragged:
+            allowed = column < self.key_lengths[:, None, None, None]
+        if mask.valid is None:
+            return allowed
+        valid = mask.valid[self.keys].view(*self.key_shape).unsqueeze(2)
+        return valid if allowed is None else allowed & valid
 
     def padding(self) -> torch.Tensor | None:
         """bool, broadcasts over [n, H, Lq, Lk]: queries that are padding."""
@@ -116,14 +141,14 @@ class _Plan:
     keys: _Side
 
 
-def _plan(cu: torch.Tensor, cu_q: torch.Tensor | None, max_seqlen: int, heads: int) -> _Plan:
+def _plan(cu: torch.Tensor, cu_q: torch.Tensor | None, max_seqlen: int, heads: int, count_q: int, count: int) -> _Plan:
     starts, lengths = cu[:-1].long(), cu.diff().long()
     starts_q, lengths_q = (starts, lengths) if cu_q is None else (cu_q[:-1].long(), cu_q.diff().long())
-    groups = _group(lengths, lengths_q, max_seqlen)
-    keys, key_slices = _side(starts, lengths, [(group[0], group[2]) for group in groups], heads)
+    groups = _group(lengths, lengths_q, max_seqlen) if count else []
+    keys, key_slices = _side(starts, lengths, [(group[0], group[2]) for group in groups], heads, count)
     queries, query_slices = keys, key_slices
     if cu_q is not None:
-        queries, query_slices = _side(starts_q, lengths_q, [(group[0], group[1]) for group in groups], heads)
+        queries, query_slices = _side(starts_q, lengths_q, [(group[0], group[1]) for group in groups], heads, count_q)
     buckets = [
         _Bucket(
             own,
@@ -146,9 +171,10 @@ def _group(
     """(sequences, most queries, most keys, whether there is padding) of each bucket."""
     if lengths.device.type != "cpu":
         everything = torch.arange(len(lengths), device=lengths.device)
-        return [(everything, max_seqlen, max_seqlen, True)] if len(lengths) and max_seqlen else []
+        return [(everything, max_seqlen, max_seqlen, True)]
     has_many = lengths_q > 1
     order = torch.argsort(lengths + (has_many << 32), stable=True)
+    order = order[lengths[order] > 0]
     by_length, has_many = lengths[order], has_many[order]
     octave = (by_length.double().log2() * STEPS_PER_OCTAVE).ceil()
     changes = (octave.diff() != 0) | (has_many.diff())
@@ -164,9 +190,9 @@ def _group(
 
 
 def _side(
-    starts: torch.Tensor, lengths: torch.Tensor, groups: list[tuple[torch.Tensor, int]], heads: int
+    starts: torch.Tensor, lengths: torch.Tensor, groups: list[tuple[torch.Tensor, int]], heads: int, count: int
 ) -> tuple[_Side, list[slice]]:
-    """Rows of buckets of (sequences, width), and where each bucket's lie."""
+    """``count`` rows in buckets of (sequences, width), and where each bucket's lie."""
     head = torch.arange(heads, device=starts.device)[:, None]
     first = torch.zeros_like(starts)  # padded place of each sequence's first row and head
     width_of = torch.zeros_like(starts)
@@ -175,14 +201,14 @@ def _side(
     for own, width in groups:
         column = torch.arange(width, device=starts.device)
         token = starts[own][:, None] + torch.minimum(column, (lengths[own] - 1)[:, None])  # padding repeats the last
+        token = token.clamp_(min=0)  # an empty sequence's, on a GPU, is the row before it
         rows.append(token[:, None, :].expand(-1, heads, -1).reshape(-1))
         first[own] = at + torch.arange(len(own), device=starts.device) * (heads * width)
         width_of[own] = width
         slices.append(slice(at, at := at + len(own) * heads * width))
     all_rows = torch.cat([starts[:0], *rows])
     all_heads = torch.cat([starts[:0], *(head.expand(len(own), heads, width).reshape(-1) for own, width in groups)])
-    total = int(lengths.sum()) if starts.device.type == "cpu" else None
-    sequence = torch.repeat_interleave(lengths, output_size=total)
+    sequence = torch.repeat_interleave(lengths, output_size=count)
     token = torch.arange(len(sequence), device=starts.device)
     place = (first - starts)[sequence] + token
     back = place[:, None] + width_of[sequence][:, None] * head.T
@@ -199,7 +225,7 @@ class _Attention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         plan: _Plan,
-        causal: bool,
+        mask: _Mask,
         dropout_p: float,
         dropout_keys: torch.Tensor | None,
         scale: float,
@@ -213,9 +239,11 @@ class _Attention(torch.autograd.Function):
             key = flat_k[bucket.keys].view(-1, bucket.key_shape[2], d)
             value = flat_v[bucket.keys].view(-1, bucket.key_shape[2], d)
             scores = torch.bmm(query, key.transpose(1, 2)).mul_(scale).view(*bucket.query_shape, -1)
-            if (allowed := bucket.allowed(causal)) is not None:
+            if (allowed := bucket.allowed(mask)) is not None:
                 scores.masked_fill_(~allowed, -torch.inf)
             probabilities = scores.float().softmax(-1).to(q.dtype)
+            if allowed is not None and mask.valid is not None:  # a row without any key is NaN
+                probabilities.masked_fill_(~allowed.any(-1, keepdim=True), 0)
             if (padding := bucket.padding()) is not None:
                 probabilities.masked_fill_(padding, 0)
             keep, used = None, probabilities
@@ -256,7 +284,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _inference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: _Plan, causal: bool, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: _Plan, mask: _Mask, scale: float
 ) -> torch.Tensor:
     """Without gradients and dropout: PyTorch's fused kernel, which keeps no probabilities."""
     d = q.shape[2]
@@ -265,6 +293,9 @@ def _inference(
     for bucket in plan.buckets:
         query = flat_q[bucket.queries].view(*bucket.query_shape, d)
         key, value = (flat[bucket.keys].view(*bucket.key_shape, d) for flat in (flat_k, flat_v))
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bucket.allowed(causal), scale=scale)
+        allowed = bucket.allowed(mask)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale)
+        if allowed is not None and mask.valid is not None:  # what a row without any key gives is not promised
+            attended.masked_fill_(~allowed.any(-1, keepdim=True), 0)
         out[bucket.queries] = attended.reshape(-1, d)
     return plan.queries.pack(out, q.shape[1])
