@@ -5,6 +5,7 @@
     s3rec bench evaluate --dataset data/beauty        # users/s of full ranking
     s3rec bench stream --dataset data/beauty          # sequences/s read, verified, decoded and packed, on one core
     s3rec bench resume                                # seconds to the middle of an epoch of a billion samples
+    s3rec bench prepare --events 5000000 50000000     # seconds, events/s and memory, by size of a synthetic log
 
 Weights are random, the work is real: the dataset is streamed, samples are reconstructed, the engine steps. Each
 figure is the median of several repetitions, with the slowest and the fastest beside it. The last line printed is
@@ -18,6 +19,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -50,7 +52,9 @@ class BenchError(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``s3rec bench``."""
     parser.add_argument("name", choices=list(BENCHMARKS), help="what to measure")
-    parser.add_argument("--dataset", metavar="DIR", help="dataset that 's3rec prepare' wrote; resume needs none")
+    parser.add_argument(
+        "--dataset", metavar="DIR", help="dataset that 's3rec prepare' wrote; resume and prepare make their own"
+    )
     parser.add_argument("--config", metavar="FILE", help="settings of model and stage (default: the paper's)")
     parser.add_argument(
         "--steps",
@@ -59,6 +63,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="batches in a repetition (default: 100; 2000 for stream)",
     )
     parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="repetitions (default: 5)")
+    parser.add_argument(
+        "--rivals", action="store_true", help="stream: also MosaicML Streaming and LitData, which must be installed"
+    )
+    parser.add_argument(
+        "--events",
+        type=int,
+        nargs="+",
+        default=[5_000_000],
+        metavar="N",
+        help="prepare: sizes of the synthetic logs (default: 5000000)",
+    )
     parser.add_argument("--profile", action="store_true", help="also show which operations the time goes to")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, as in engine.threads=1 pretrain.batch_size=1024"
@@ -77,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         config = replace(config, engine=replace(config.engine, threads=1))
     world = start(config.engine)
     dataset = Dataset.open(config.data.path, Storage(config.storage)) if config.data.path else None
-    name = dataset.manifest.name if dataset else "nothing but a manifest"
+    name = dataset.manifest.name if dataset else "synthetic data"
     figures = BENCHMARKS[args.name](config, dataset, world, args)
     machine = {
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
@@ -181,7 +196,19 @@ def _stream(config: Config, dataset: Dataset, world: World, args: argparse.Names
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
-        return {title: _streamed(config, dataset, spec, world, args) for title, spec in specs.items()}
+        figures = {title: _streamed(config, dataset, spec, world, args) for title, spec in specs.items()}
+        if args.rivals:
+            from s3rec_dist.bench_rivals import rivals
+
+            more = rivals(
+                dataset,
+                specs["sequences/s"],
+                batch_size=config.pretrain.batch_size,
+                repetitions=args.repetitions,
+                progress=lambda line: print(line, file=sys.stderr, flush=True),
+            )
+            figures |= {f"{rival}: sequences/s": values for rival, values in more.items()}
+        return figures
     finally:
         os.sched_setaffinity(0, cores)
 
@@ -223,7 +250,7 @@ def _resume(config: Config, dataset: None, world: World, args: argparse.Namespac
     counts[0] += rows - int((lengths - 2) @ counts)
     group = WrittenGroup(4, 1, bytes(32), int(counts.sum()), lengths, counts)
     shards = [
-        WrittenShard(f"{first:05d}.parquet", len(own) * group.rows, 1, "", "", (0, 0), tuple(own))
+        WrittenShard(f"{first:05d}.parquet", len(own) * group.rows, 5, "0" * 64, "0" * 64, (0, 0), tuple(own))
         for first, own in ((first, [group] * min(64, EPOCH_GROUPS - first)) for first in range(0, EPOCH_GROUPS, 64))
     ]
     spec = SampleSpec("all_prefixes", max(lengths.tolist()))
@@ -252,11 +279,18 @@ def _resume(config: Config, dataset: None, world: World, args: argparse.Namespac
         return {"seconds": [_seconds(resume, world) for _ in range(args.repetitions + 1)][1:]}
 
 
+def _prepare(config: Config, dataset: None, world: World, args: argparse.Namespace) -> Figures:
+    """Synthetic logs, each prepared by a process of its own."""
+    from s3rec_dist.data.prepare_bench import bench_prepare
+
+    return bench_prepare(args.events, repetitions=args.repetitions)
+
+
 def _shown(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-WITHOUT_DATASET = ("resume",)
+WITHOUT_DATASET = ("resume", "prepare")
 
 BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "reconstruct": _reconstruct,
@@ -265,6 +299,7 @@ BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "evaluate": _evaluate,
     "stream": _stream,
     "resume": _resume,
+    "prepare": _prepare,
 }
 
 

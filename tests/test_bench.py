@@ -49,6 +49,13 @@ def test_resuming_a_billion_samples_needs_no_dataset(capsys: pytest.CaptureFixtu
     assert os.sched_getaffinity(0) == affinity
 
 
+def test_preparing_is_measured_by_size_in_processes_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "prepare", "--events", "2000", "4000", "--repetitions", "1"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for size in ("2,000", "4,000"):
+        assert result[f"{size}_events:_events_per_s"] > 0 and result[f"{size}_events:_peak_MiB"] > 30
+
+
 def test_a_benchmark_on_a_dataset_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "stream"]) == 2
     assert "name one with --dataset" in capsys.readouterr().err
