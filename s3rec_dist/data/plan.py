@@ -1,7 +1,8 @@
 """What prepare does, as SQL that DuckDB and Spark run alike: raw interactions -> checked, filtered, numbered events.
 
     raw        position, user, item[, rating][, time]     as the source gives them
-    checked    raw and t, a sortable time, score, the rating as a number, and reason, why a row is malformed, or NULL
+    checked    raw and t, a sortable time, enough, whether it is rated well, and reason, why a row is malformed, or NULL
+    valid      position, user, item, t, enough             without malformed rows; in append, with what was left over
     users      u, id, raw                                  u = 1.. in order of first appearance
     catalogue  i, id, raw                                  i likewise
     offered    position, u, i, t                           events that count: well rated, no duplicates
@@ -29,6 +30,7 @@ import pyarrow as pa
 from s3rec_dist.data.dataset import ATTRIBUTES_SCHEMA, ITEMS_SCHEMA, MIN_SEQUENCE
 from s3rec_dist.data.engines import Engine, number, row
 from s3rec_dist.data.fold import Cut
+from s3rec_dist.data.formats import parquet_writer, sync_file
 from s3rec_dist.data.sources import LINE_BITS, S3RecPair, Source, Table
 
 if TYPE_CHECKING:
@@ -103,8 +105,23 @@ class Time:
     """A sortable value of the raw column, NULL where it is none."""
 
 
+@dataclass(frozen=True)
+class Before:
+    """The dataset that events are appended to, whose leftover(position, user, item, t) the engine has."""
+
+    time_kind: str
+    last_time: Any
+    """Its newest event's time; None where input order is time."""
+
+
 def load_events(
-    settings: PrepareSettings, source: Source, engine: Engine, bad: BadRows, facts: Facts, progress: Progress
+    settings: PrepareSettings,
+    source: Source,
+    engine: Engine,
+    bad: BadRows,
+    facts: Facts,
+    progress: Progress,
+    before: Before | None = None,
 ) -> None:
     """The input as offered, users and catalogue."""
     progress(f"reading {', '.join(source.files[:3])}{' ...' if len(source.files) > 3 else ''}")
@@ -123,28 +140,40 @@ def load_events(
         raise PrepareError(f"{settings.input}: no interactions; expected at least one row")
     if settings.source in WHOLE_HISTORIES:
         _reject_second_histories(settings, source, engine, bad)
-    time = _time(engine, kinds)
-    engine.view("checked", _checked(settings, kinds, time))
-    rows, wrong = row(engine, "SELECT count(*), count(reason) FROM checked")
+    time = _time(engine, kinds, before.time_kind if before else "")
+    engine.view("checked", _checked(settings, kinds, time, before))
+    rows, wrong, low = row(
+        engine, "SELECT count(*), count(reason), count(*) FILTER (WHERE reason IS NULL AND NOT enough) FROM checked"
+    )
     if wrong:
         _tell_bad_rows(source, engine, kinds, time, bad)
-    engine.view("valid", f"SELECT * FROM checked{' WHERE reason IS NULL' if wrong else ''}")
+    facts["below_min_rating"] = low
+    if before and rows == wrong + low:
+        raise PrepareError(f"{settings.input}: nothing to append: none of its {facts['rows_read']:,} rows is left")
+    where = " WHERE reason IS NULL" if wrong else ""
+    if before is None:
+        engine.view("valid", f"SELECT position, user, item, t, enough FROM checked{where}")
+    else:
+        engine.view(
+            "valid",
+            "SELECT position, user, item, t, TRUE AS enough FROM leftover UNION ALL SELECT position, "
+            f"CAST(user AS STRING) AS user, CAST(item AS STRING) AS item, t, enough FROM checked{where}",
+        )
     engine.table("users", f"SELECT number AS u, id, raw FROM ({_appearances('user')}) AS seen")
     engine.table("catalogue", f"SELECT number AS i, id, raw FROM ({_appearances('item')}) AS seen")
-    enough = "" if settings.min_rating is None else f" WHERE score >= CAST('{settings.min_rating!r}' AS DOUBLE)"
     engine.table(
         "offered",
-        "SELECT valid.position, users.u, catalogue.i, valid.t FROM valid "
-        f"JOIN users ON users.id = valid.user JOIN catalogue ON catalogue.id = valid.item{enough}",
+        "SELECT valid.position, users.u, catalogue.i, valid.t FROM valid JOIN users ON users.id = valid.user "
+        f"JOIN catalogue ON catalogue.id = valid.item{' WHERE enough' if low else ''}",
     )
     engine.drop("raw")
     engine.view("known_users", "SELECT u FROM users WHERE FALSE")
     engine.view("known_items", "SELECT i FROM catalogue WHERE FALSE")
     facts["users_read"] = number(engine, "SELECT count(*) FROM users")
     facts["items_read"] = number(engine, "SELECT count(*) FROM catalogue")
-    kept, last = row(engine, "SELECT count(*), max(t) FROM offered")
-    facts["below_min_rating"] = rows - wrong - kept
-    facts["time_kind"], facts["last_time"] = time.kind, None if time.kind == "order" else last
+    facts["time_kind"], facts["last_time"] = time.kind, None
+    if time.kind != "order":
+        facts["last_time"] = row(engine, "SELECT max(t) FROM offered")[0]
 
 
 def _appearances(column: str) -> str:
@@ -155,18 +184,26 @@ def _appearances(column: str) -> str:
     )
 
 
-def _time(engine: Engine, kinds: dict[str, pa.DataType]) -> Time:
-    """How raw times are read. Text is integers where all of it is, else dates where the first one is, else floats."""
+def _time(engine: Engine, kinds: dict[str, pa.DataType], known_kind: str) -> Time:
+    """How raw times are read, as ``known_kind`` where there is one. Text is otherwise integers where all of it is, else
+    dates where the first one is, else floats."""
     if "time" not in kinds:
         return Time("order", "CAST(0 AS BIGINT)")
-    if pa.types.is_integer(kinds["time"]):
+    if not pa.types.is_string(kinds["time"]):
+        kind = "integer" if pa.types.is_integer(kinds["time"]) else "float"
+        if known_kind not in ("", kind, "float"):
+            raise PrepareError(f"times are of kind {kind}, those of the dataset of kind {known_kind}; give them alike")
+        if "float" in (known_kind, kind):
+            return Time("float", "CAST(time AS DOUBLE)")
         return Time("integer", "TRY_CAST(time AS BIGINT)")
-    if pa.types.is_floating(kinds["time"]):
-        return Time("float", "time")
     first = engine.rows("SELECT time FROM raw WHERE time <> '' ORDER BY position LIMIT 1")
-    if first and re.fullmatch(DATE, first[0][0]):
+    is_date = bool(first) and re.fullmatch(DATE, first[0][0]) is not None
+    if known_kind == "date" or (not known_kind and is_date):
         return Time("date", f"CASE WHEN regexp_like(time, '{DATE}') THEN unix_micros(try_to_timestamp(time)) END")
-    if row(engine, f"SELECT bool_and(regexp_like(time, '{INTEGER}')) FROM raw")[0]:
+    integer = f"regexp_like(time, '{INTEGER}')"
+    if known_kind == "integer":
+        return Time("integer", f"CASE WHEN {integer} THEN TRY_CAST(time AS BIGINT) END")
+    if not known_kind and row(engine, f"SELECT bool_and({integer}) FROM raw")[0]:
         return Time("integer", "TRY_CAST(time AS BIGINT)")
     return Time("float", _float("time"))
 
@@ -175,26 +212,34 @@ def _float(column: str) -> str:
     return f"CASE WHEN regexp_like({column}, '{FLOAT}') THEN TRY_CAST({column} AS DOUBLE) END"
 
 
-def _checked(settings: PrepareSettings, kinds: dict[str, pa.DataType], time: Time) -> str:
-    """SQL for checked; a reason is the name of the column at fault, or 'kept' for an item id that cannot be kept."""
+def _checked(settings: PrepareSettings, kinds: dict[str, pa.DataType], time: Time, before: Before | None) -> str:
+    """SQL for checked; a reason is the name of the column at fault, 'kept' for an item id that cannot be kept, or
+    'late' for an event older than the dataset."""
     reasons = []
     for name in ("user", "item"):
         empty = f" OR {name} = ''" if pa.types.is_string(kinds[name]) else ""
         reasons.append(f"WHEN {name} IS NULL{empty} THEN '{name}'")
     if settings.ids == "keep":
         reasons.append(f"WHEN NOT regexp_like(CAST(item AS STRING), '{INTEGER_ID}') THEN 'kept'")
-    score = "0"
+    enough = "TRUE"
     if "rating" in kinds:
         score = _float("rating") if pa.types.is_string(kinds["rating"]) else "CAST(rating AS DOUBLE)"
         reasons.append(_not_finite("rating", score, is_float=True))
+        enough = f"{score} >= {_literal(float(settings.min_rating or 0))}"
     if "time" in kinds:
         reasons.append(_not_finite("time", time.sql, time.kind == "float"))
-    return f"SELECT *, {time.sql} AS t, {score} AS score, CASE {' '.join(reasons)} END AS reason FROM raw"
+        if before:
+            reasons.append(f"WHEN {time.sql} < {_literal(before.last_time)} THEN 'late'")
+    return f"SELECT *, {time.sql} AS t, {enough} AS enough, CASE {' '.join(reasons)} END AS reason FROM raw"
+
+
+def _literal(value: int | float) -> str:
+    return f"CAST('{value!r}' AS {'BIGINT' if isinstance(value, int) else 'DOUBLE'})"
 
 
 def _not_finite(name: str, value: str, is_float: bool) -> str:
     """SQL: WHEN the value is missing, not a number, NaN (which sorts above all numbers) or infinite."""
-    infinite = f" OR NOT abs({value}) <= CAST('{sys.float_info.max!r}' AS DOUBLE)" if is_float else ""
+    infinite = f" OR NOT abs({value}) <= {_literal(sys.float_info.max)}" if is_float else ""
     return f"WHEN {value} IS NULL{infinite} THEN '{name}'"
 
 
@@ -210,6 +255,7 @@ def _tell_bad_rows(source: Source, engine: Engine, kinds: dict[str, pa.DataType]
             "user": "empty user id",
             "item": "empty item id",
             "kept": f'item id "{texts["item"]}" cannot be kept, expected an integer from 1 to 999999999',
+            "late": f'time "{texts.get("time")}" is older than the newest in the dataset',
         }.get(reason) or f'{reason} "{texts[reason]}" is not a {number_kind}'
         bad.add(source.place(position), told)
 
@@ -251,7 +297,7 @@ def filter_events(settings: PrepareSettings, engine: Engine, facts: Facts, progr
     facts["duplicates_dropped"] = 0
     if duplicate:
         progress("dropping duplicates")
-        facts["duplicates_dropped"] = _narrow(
+        facts["duplicates_dropped"] = narrow(
             engine,
             "offered",
             "SELECT position, u, i, t FROM "
@@ -270,7 +316,11 @@ def filter_events(settings: PrepareSettings, engine: Engine, facts: Facts, progr
     facts["short_user_interactions"] = _drop_weak(engine, MIN_SEQUENCE, 0)
     users = number(engine, "SELECT count(DISTINCT u) FROM events")
     facts["short_users"] = facts["users_read"] - facts["users_dropped_by_core"] - users
-    if not users:
+
+
+def require_users(settings: PrepareSettings, engine: Engine, facts: Facts) -> None:
+    """Raises :class:`PrepareError` where the filters left nobody."""
+    if not number(engine, "SELECT count(*) FROM events"):
         raise PrepareError(
             f"{settings.input}: no user is left with at least {MIN_SEQUENCE} interactions, of "
             f"{facts['users_read']:,} users and {facts['rows_read']:,} rows read; loosen the thresholds "
@@ -279,7 +329,7 @@ def filter_events(settings: PrepareSettings, engine: Engine, facts: Facts, progr
         )
 
 
-def _narrow(engine: Engine, table: str, query: str) -> int:
+def narrow(engine: Engine, table: str, query: str) -> int:
     """Replaces a table by ``query``'s rows; returns how many went."""
     before = number(engine, f"SELECT count(*) FROM {table}")
     engine.table(table, query)
@@ -300,7 +350,7 @@ def _drop_weak(engine: Engine, min_user_count: int, min_item_count: int) -> int:
                 conditions.append(f"{column} NOT IN (SELECT {column} FROM weak_{table})")
     if not conditions:
         return 0
-    return _narrow(engine, "events", f"SELECT position, u, i, t FROM events WHERE {' AND '.join(conditions)}")
+    return narrow(engine, "events", f"SELECT position, u, i, t FROM events WHERE {' AND '.join(conditions)}")
 
 
 def _distinct(engine: Engine) -> tuple[Any, ...]:
@@ -325,11 +375,7 @@ def number_items(settings: PrepareSettings, engine: Engine, facts: Facts) -> int
             f"FROM {counts} JOIN catalogue ON catalogue.i = counts.i",
         )
         return number(engine, "SELECT count(*) FROM items")
-    if largest > SPARSE_IDS + 10 * known:
-        raise PrepareError(
-            f"{settings.input}: ids=keep with ids up to {largest:,} for {known:,} items would make a table of mostly "
-            "unused rows; use --ids count"
-        )
+    require_dense(settings, largest, known)
     engine.table(
         "items",
         "SELECT catalogue.i, CAST(ids.id AS INTEGER) AS id, CAST(ids.id AS STRING) AS raw, COALESCE(counts.n, 0) AS n "
@@ -339,17 +385,18 @@ def number_items(settings: PrepareSettings, engine: Engine, facts: Facts) -> int
     return int(largest)
 
 
+def require_dense(settings: PrepareSettings, largest: int, known: int) -> None:
+    """Raises :class:`PrepareError` where kept ids would leave the table mostly empty."""
+    if largest > SPARSE_IDS + 10 * known:
+        raise PrepareError(
+            f"{settings.input}: ids=keep with ids up to {largest:,} for {known:,} items would make a table of mostly "
+            "unused rows; use --ids count"
+        )
+
+
 def number_attributes(settings: PrepareSettings, engine: Engine, facts: Facts) -> None:
     """attributes(id, field, raw) with ids 1..A and item_attributes(item, attribute)."""
-    engine.table(
-        "item_values",
-        "SELECT DISTINCT items.id AS item, field, value FROM described JOIN items ON items.raw = described.item",
-    )
-    facts["described_items_unknown"] = number(
-        engine,
-        "SELECT count(DISTINCT item) FROM described WHERE item <> '' "
-        "AND NOT EXISTS (SELECT 1 FROM items WHERE items.raw = described.item)",
-    )
+    engine.table("item_values", ITEM_VALUES)
     whole, largest, known = row(
         engine,
         f"SELECT bool_and(regexp_like(value, '{INTEGER_ID}')), max(TRY_CAST(value AS BIGINT)), "
@@ -358,21 +405,31 @@ def number_attributes(settings: PrepareSettings, engine: Engine, facts: Facts) -
     keep = settings.source == "s3rec" and facts["ids"] == "keep" and whole and largest <= SPARSE_IDS + 10 * known
     facts["attribute_ids"] = "keep" if keep else "count"
     if keep:
-        engine.table(
-            "attributes",
-            f"SELECT CAST(id AS INTEGER) AS id, '{S3RecPair.FIELD}' AS field, CAST(id AS STRING) AS raw "
-            f"FROM range(1, {largest + 1}) AS ids(id)",
-        )
+        engine.table("attributes", f"{KEPT_ATTRIBUTES} FROM range(1, {largest + 1}) AS ids(id)")
     else:
         engine.table(
             "attributes",
             "SELECT CAST(row_number() OVER (ORDER BY n DESC, field, value) AS INTEGER) AS id, field, value AS raw "
             "FROM (SELECT field, value, count(*) AS n FROM item_values GROUP BY field, value) AS counts",
         )
-    engine.table(
-        "item_attributes",
-        "SELECT item, attributes.id AS attribute FROM item_values "
-        "JOIN attributes ON attributes.field = item_values.field AND attributes.raw = item_values.value",
+    engine.table("item_attributes", ITEM_ATTRIBUTES)
+    count_attributes(engine, facts)
+
+
+KEPT_ATTRIBUTES = f"SELECT CAST(id AS INTEGER) AS id, '{S3RecPair.FIELD}' AS field, CAST(id AS STRING) AS raw"
+ITEM_VALUES = "SELECT DISTINCT items.id AS item, field, value FROM described JOIN items ON items.raw = described.item"
+ITEM_ATTRIBUTES = (
+    "SELECT item, attributes.id AS attribute FROM item_values "
+    "JOIN attributes ON attributes.field = item_values.field AND attributes.raw = item_values.value"
+)
+
+
+def count_attributes(engine: Engine, facts: Facts) -> None:
+    """Items that are described and unknown, or the other way round."""
+    facts["described_items_unknown"] = number(
+        engine,
+        "SELECT count(DISTINCT item) FROM described WHERE item <> '' "
+        "AND NOT EXISTS (SELECT 1 FROM items WHERE items.raw = described.item)",
     )
     facts["items_without_attributes"] = number(
         engine,
@@ -391,17 +448,23 @@ def leftover_schema(time_kind: str) -> pa.Schema:
     )
 
 
-def leftover(engine: Engine) -> Iterator[pa.RecordBatch]:
-    """What the k-core and short users left out of events, in input order."""
-    if number(engine, "SELECT count(*) FROM offered") > number(engine, "SELECT count(*) FROM events"):
-        yield from engine.stream(
-            "SELECT users.raw AS user, catalogue.raw AS item, offered.t FROM offered "
-            "JOIN users ON users.u = offered.u JOIN catalogue ON catalogue.i = offered.i "
-            "LEFT JOIN (SELECT DISTINCT u FROM events) AS kept_users ON kept_users.u = offered.u "
-            "LEFT JOIN (SELECT DISTINCT i FROM events) AS kept_items ON kept_items.i = offered.i "
-            "WHERE kept_users.u IS NULL OR kept_items.i IS NULL ORDER BY offered.position"
-        )
+def write_leftover(engine: Engine, facts: Facts, path: str) -> None:
+    """What the k-core and short users left out of events, in input order, for the next append."""
+    schema = leftover_schema(facts["time_kind"])
+    left = number(engine, "SELECT count(*) FROM offered") > number(engine, "SELECT count(*) FROM events")
+    with parquet_writer(path, schema, statistics=False) as writer:
+        for batch in engine.stream(_LEFTOVER) if left else ():
+            writer.write_table(pa.Table.from_batches([batch]).cast(schema))
+    sync_file(path)
 
+
+_LEFTOVER = (
+    "SELECT users.raw AS user, catalogue.raw AS item, offered.t FROM offered "
+    "JOIN users ON users.u = offered.u JOIN catalogue ON catalogue.i = offered.i "
+    "LEFT JOIN (SELECT DISTINCT u FROM events) AS kept_users ON kept_users.u = offered.u "
+    "LEFT JOIN (SELECT DISTINCT i FROM events) AS kept_items ON kept_items.i = offered.i "
+    "WHERE kept_users.u IS NULL OR kept_items.i IS NULL ORDER BY offered.position"
+)
 
 SEQUENCES = (
     "SELECT events.u, events.t, events.position, items.id AS item FROM events JOIN items ON items.i = events.i",

@@ -31,13 +31,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import pyarrow as pa
-
 from s3rec_dist import __version__
 from s3rec_dist.data import plan
-from s3rec_dist.data.dataset import MIN_SEQUENCE, SAMPLE_END_BITS, Manifest, new_manifest
+from s3rec_dist.data.dataset import MIN_SEQUENCE, SAMPLE_END_BITS, DatasetError, Manifest, new_manifest
 from s3rec_dist.data.engines import DuckDB, Engine, EngineError, Layout, engine_errors
-from s3rec_dist.data.formats import Format, parquet_writer, sync_file
+from s3rec_dist.data.formats import Format
 from s3rec_dist.data.output import OutputError, dataset_output
 from s3rec_dist.data.plan import WHOLE_HISTORIES, BadRows, PrepareError
 from s3rec_dist.data.sources import Columns, RecBole, S3RecPair, Source, SourceError, Table, WebDatasetTars
@@ -139,20 +137,34 @@ def prepare(
     settings: PrepareSettings, progress: Progress = lambda line: None, storage: Storage | None = None
 ) -> Manifest:
     """Writes the dataset and returns its manifest. Raises :class:`PrepareError`, leaving the output as it was."""
-    storage = storage or Storage()
-    try:
-        source = _open_source(settings, storage)
+    with explained(settings):
+        storage = scratch_storage(settings, storage or Storage())
+        source = open_source(settings, storage)
         with dataset_output(settings.output, storage, overwrite=settings.overwrite, progress=progress) as places:
-            folder, work = places
-            with _work_folder(settings, work) as work, contextlib.closing(_open_engine(settings, work)) as engine:
-                return _build(settings, source, engine, folder, progress)
-    except (SourceError, StorageError, OutputError, EngineError) as error:
+            with open_engine(settings, places[1]) as engine:
+                return _build(settings, source, engine, places[0], progress)
+
+
+@contextlib.contextmanager
+def explained(settings: PrepareSettings) -> Iterator[None]:
+    """What goes wrong in the block becomes a :class:`PrepareError`."""
+    try:
+        yield
+    except (SourceError, StorageError, OutputError, EngineError, DatasetError) as error:
         raise PrepareError(str(error)) from error
     except engine_errors() as error:
         raise _explain(error, settings) from error
 
 
-def _open_source(settings: PrepareSettings, storage: Storage) -> Source:
+def scratch_storage(settings: PrepareSettings, storage: Storage) -> Storage:
+    """``storage`` with ``work_dir`` as the place where uploads are built."""
+    if not settings.work_dir:
+        return storage
+    return Storage(dataclasses.replace(storage.config, scratch_dir=settings.work_dir))
+
+
+def open_source(settings: PrepareSettings, storage: Storage) -> Source:
+    """The input. Raises :class:`SourceError` or :class:`PrepareError`."""
     columns = Columns(
         user=settings.user_column,
         item=settings.item_column,
@@ -171,26 +183,26 @@ def _open_source(settings: PrepareSettings, storage: Storage) -> Source:
     )
 
 
-def _open_engine(settings: PrepareSettings, work: str) -> Engine:
+@contextlib.contextmanager
+def open_engine(settings: PrepareSettings, work: str) -> Iterator[Engine]:
+    """The engine, at work in a folder of ``work_dir``, which is gone after the block, or else in ``work``."""
+    if settings.work_dir:
+        os.makedirs(settings.work_dir, exist_ok=True)
+        work = tempfile.mkdtemp(prefix="s3rec-prepare-", dir=settings.work_dir)
+    try:
+        with contextlib.closing(_start_engine(settings, work)) as engine:
+            yield engine
+    finally:
+        if settings.work_dir:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _start_engine(settings: PrepareSettings, work: str) -> Engine:
     if settings.engine == "spark":
         from s3rec_dist.data.spark import Spark
 
         return Spark(work, settings.master, settings.memory_limit)
     return DuckDB(work, settings.memory_limit, settings.threads)
-
-
-@contextlib.contextmanager
-def _work_folder(settings: PrepareSettings, beside: str) -> Iterator[str]:
-    """A folder in ``work_dir`` that is gone after the block; ``beside`` where none is asked for."""
-    if not settings.work_dir:
-        yield beside
-        return
-    os.makedirs(settings.work_dir, exist_ok=True)
-    work = tempfile.mkdtemp(prefix="s3rec-prepare-", dir=settings.work_dir)
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _build(settings: PrepareSettings, source: Source, engine: Engine, folder: str, progress: Progress) -> Manifest:
@@ -200,13 +212,13 @@ def _build(settings: PrepareSettings, source: Source, engine: Engine, folder: st
     plan.load_attributes(source, engine, bad, facts)
     facts["bad_rows"], facts["bad_row_examples"] = bad.count, bad.examples
     plan.filter_events(settings, engine, facts, progress)
+    plan.require_users(settings, engine, facts)
+    plan.write_leftover(engine, facts, os.path.join(folder, plan.LEFTOVER_FILE))
     items = plan.number_items(settings, engine, facts)
     plan.number_attributes(settings, engine, facts)
     progress("writing sequences, in order of user and time")
-    layout = Layout(settings.format, settings.rows_per_group, settings.groups_per_shard, settings.max_history)
-    shards, cut = engine.sequences(*plan.SEQUENCES, os.path.join(folder, "shards"), layout, items)
+    shards, cut = engine.sequences(*plan.SEQUENCES, os.path.join(folder, "shards"), layout(settings), items)
     facts["users_truncated"], facts["interactions_truncated"] = cut.users, int(cut.items.sum())
-    _write_leftover(engine, facts, os.path.join(folder, plan.LEFTOVER_FILE))
     return new_manifest(
         folder,
         name=settings.name or _default_name(settings),
@@ -220,13 +232,9 @@ def _build(settings: PrepareSettings, source: Source, engine: Engine, folder: st
     )
 
 
-def _write_leftover(engine: Engine, facts: plan.Facts, path: str) -> None:
-    """What the next append takes up again."""
-    schema = plan.leftover_schema(facts["time_kind"])
-    with parquet_writer(path, schema, statistics=False) as writer:
-        for batch in plan.leftover(engine):
-            writer.write_table(pa.Table.from_batches([batch]).cast(schema))
-    sync_file(path)
+def layout(settings: PrepareSettings) -> Layout:
+    """How sequences are written."""
+    return Layout(settings.format, settings.rows_per_group, settings.groups_per_shard, settings.max_history)
 
 
 def _default_name(settings: PrepareSettings) -> str:
@@ -272,12 +280,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def option(group: Any, name: str, help: str, **more: Any) -> None:
         default = getattr(defaults, name)
         shown = f" (default: {default})" if default not in ("", None, (), False) else ""
-        group.add_argument(f"--{name.replace('_', '-')}", default=default, help=help + shown, **more)
+        group.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=help + shown, **more)
 
     group = parser.add_argument_group("input and output")
     group.add_argument(
         "--source",
-        required=True,
+        default=argparse.SUPPRESS,
         choices=("s3rec", "recbole", "table", "webdataset"),
         help="what the input is: NAME.txt with NAME_item2attributes.json; RecBole atomic files; "
         "Parquet, CSV, JSONL with a row per interaction; or tars with a sample per user, KEY.npy, .json or .txt",
@@ -285,7 +293,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--input", required=True, help="file or folder; for tables and tars also a pattern")
     group.add_argument("--output", required=True, help="dataset folder or URL to write")
     option(group, "name", "the dataset's name; by default the input's")
-    group.add_argument("--overwrite", action="store_true", help="replace the output if it is a dataset already")
+    option(group, "overwrite", "replace the output if it is a dataset already", action="store_true")
+    group.add_argument(
+        "--append",
+        action="store_true",
+        help="add the input to the dataset that is there, as its next revision, with the dataset's own settings",
+    )
     group = parser.add_argument_group("columns and attributes")
     option(group, "user_column", "user id", metavar="NAME")
     option(group, "item_column", "item id", metavar="NAME")
@@ -346,24 +359,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """``s3rec prepare``: progress on stderr, a summary on stdout. Raises :class:`PrepareError`."""
-    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(PrepareSettings)}
-    values["attribute_fields"] = tuple(values["attribute_fields"])
-    settings = PrepareSettings(**values)
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(PrepareSettings) if hasattr(args, f.name)}
+    if "attribute_fields" in values:
+        values["attribute_fields"] = tuple(values["attribute_fields"])
     start = time.monotonic()
 
     def progress(line: str) -> None:
         print(f"[{time.monotonic() - start:6.1f} s] {line}", file=sys.stderr, flush=True)
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that scratch files are removed
-    manifest = prepare(settings, progress, storage_of(args))
-    print(summary(manifest, settings.output, time.monotonic() - start))
+    if args.append:
+        from s3rec_dist.data.append import append
+
+        manifest = append(values, progress, storage_of(args))
+    elif "source" not in values:
+        raise PrepareError("say what the input is with --source: s3rec, recbole, table or webdataset")
+    else:
+        manifest = prepare(PrepareSettings(**values), progress, storage_of(args))
+    print(summary(manifest, args.output, time.monotonic() - start))
 
 
 def summary(manifest: Manifest, output: str, seconds: float) -> str:
     """What a person wants to know of a new dataset."""
     facts = manifest.preparation
+    revision = f", revision {manifest.revision}" if manifest.revision > 1 else ""
     lines = [
-        f"{manifest.name} -> {output}",
+        f"{manifest.name} -> {output}{revision}",
         f"  users         {manifest.users:>12,}",
         f"  items         {manifest.items:>12,}",
         f"  interactions  {manifest.interactions:>12,}",

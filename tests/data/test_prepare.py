@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import hashlib
 import json
@@ -25,7 +26,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3rec_dist.data import plan
+from s3rec_dist.data import output, plan
 from s3rec_dist.data import prepare as module
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.prepare import PrepareError, PrepareSettings, add_arguments, prepare, run, summary
@@ -669,9 +670,9 @@ def test_an_empty_folder_may_be_the_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("step", ["_write_leftover", "new_manifest", "sync_file"])
+@pytest.mark.parametrize("step", [(plan, "write_leftover"), (module, "new_manifest"), (output, "put_in_place")])
 def test_a_full_disk_leaves_the_earlier_output_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, overwrite: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: tuple[Any, str], overwrite: bool
 ) -> None:
     if overwrite:
         from_pair(tmp_path, "a 1 2 3\n")
@@ -680,7 +681,7 @@ def test_a_full_disk_leaves_the_earlier_output_whole(
     def full(*arguments: object, **more: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, step, full)
+    monkeypatch.setattr(*step, full)
     (tmp_path / "toy.txt").write_text("a 3 2 1\n")
     with pytest.raises(PrepareError, match=r"out: no room on the output's disk .*free some space or choose an output"):
         from_pair(tmp_path, "a 3 2 1\n", overwrite=overwrite)
@@ -765,8 +766,9 @@ def test_every_setting_is_an_option_with_the_same_default() -> None:
     args = parser().parse_args(["--source", "table", "--input", "x", "--output", "y"])
     expected = PrepareSettings(source="table", input="x", output="y")
     values = vars(args)
-    assert values.pop("storage") == []
+    assert (values.pop("storage"), values.pop("append")) == ([], False)
     assert PrepareSettings(**values) == expected
+    assert {field.name for field in dataclasses.fields(PrepareSettings)} <= {a.dest for a in parser()._actions}
 
 
 def test_run_reports_progress_and_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from s3rec_dist.data.append import append
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.prepare import PrepareError, PrepareSettings, prepare, summary
 
@@ -226,6 +227,26 @@ def test_one_user_with_most_of_the_events(tmp_path: Path) -> None:
     assert facts["users_truncated"] == 1 and facts["interactions_truncated"] > 250_000
     assert dataset.index.lengths.max() == 1_000
     assert sum(dataset.items_table().column("count").to_pylist()) == dataset.manifest.interactions
+
+
+def test_appending(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    columns = {"user_id": rng.zipf(1.3, 6_000) % 400, "item_id": rng.zipf(1.3, 6_000) % 90}
+    table = pa.table({**columns, "timestamp": np.sort(rng.random(6_000))})
+    for part, bounds in enumerate(((0, 4_000), (4_000, 6_000))):
+        pq.write_table(table.slice(bounds[0], bounds[1] - bounds[0]), tmp_path / f"{part}.parquet")
+    given: dict[str, Any] = {"min_item_count": 6, "duplicates": "drop_repeats", "rows_per_group": 50}
+    both(tmp_path, source="table", input=str(tmp_path / "0.parquet"), **given)
+    made = []
+    for engine in ("duckdb", "spark"):
+        output = str(tmp_path / engine)
+        made.append(append({"input": str(tmp_path / "1.parquet"), "output": output, "engine": engine}))
+        Dataset.open(output).verify()
+    assert made[1].preparation == made[0].preparation and made[0].preparation["duplicates_dropped"] > 0
+    assert (made[1].content, made[1].catalogue) == (made[0].content, made[0].catalogue)
+    assert users(Dataset.open(str(tmp_path / "spark"))) == users(Dataset.open(str(tmp_path / "duckdb")))
+    tables = [pq.read_table(tmp_path / engine / "v2" / "leftover.parquet") for engine in ("duckdb", "spark")]
+    assert tables[0].equals(tables[1]) and len(tables[0]) > 0
 
 
 def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
