@@ -190,13 +190,14 @@ def _evaluate(config: Config, dataset: Dataset, world: World, args: argparse.Nam
 
 
 def _stream(config: Config, dataset: Dataset, world: World, args: argparse.Namespace) -> Figures:
-    """Whole sequences, and prefixes, packed into batches: row groups are read, verified and decoded anew each time."""
+    """Whole sequences, and prefixes, packed into batches on one core: row groups are read, verified and decoded anew in
+    each epoch."""
     length = config.model.max_length
     specs = {"sequences/s": SampleSpec("full_sequence", length), "prefixes/s": SampleSpec("all_prefixes", length)}
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
-        figures = {title: _streamed(config, dataset, spec, world, args) for title, spec in specs.items()}
+        figures = {title: _streamed(config, spec, world, args) for title, spec in specs.items()}
         if args.rivals:
             from s3rec_dist.bench_rivals import rivals
 
@@ -213,28 +214,35 @@ def _stream(config: Config, dataset: Dataset, world: World, args: argparse.Names
         os.sched_setaffinity(0, cores)
 
 
-def _streamed(
-    config: Config, dataset: Dataset, spec: SampleSpec, world: World, args: argparse.Namespace
-) -> list[float]:
-    stream = Stream(
-        dataset,
-        spec,
-        batch_size=config.pretrain.batch_size,
-        streams=config.data.streams,
-        seed=config.seed,
-        prefetch_threads=1,
-        cache_bytes=0,
-    )
-    try:
-        batches = _endless(stream)
+def _streamed(config: Config, spec: SampleSpec, world: World, args: argparse.Namespace) -> list[float]:
+    """Batches of epochs, for each of which the dataset is opened anew."""
+    data = config.data
+    streamed = 0
 
-        def pack() -> None:
-            for _ in islice(batches, args.steps):
-                pass
+    def epochs() -> None:
+        nonlocal streamed
+        streamed = 0
+        while streamed < args.steps * config.pretrain.batch_size:
+            stream = Stream(
+                Dataset.open(data.path, Storage(config.storage), revision=data.revision),
+                spec,
+                batch_size=config.pretrain.batch_size,
+                streams=data.streams,
+                seed=config.seed,
+                prefetch_threads=1,
+                prefetch_bytes=data.prefetch_mb << 20,
+                cache_bytes=data.cache_mb << 20,
+            )
+            try:
+                streamed += sum(map(len, stream.iterate(0)))
+            finally:
+                stream.close()
 
-        return _repeat(pack, args.steps * config.pretrain.batch_size, world, args)
-    finally:
-        stream.close()
+    rates = []
+    for _ in range(args.repetitions + 1):
+        seconds = _seconds(epochs, world)
+        rates.append(streamed / seconds)
+    return rates[1:]
 
 
 EPOCH_SAMPLES, EPOCH_GROUPS = 1_000_000_000, 24_414

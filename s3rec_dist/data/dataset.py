@@ -261,6 +261,11 @@ class Manifest:
     split: str = "leave_one_out"
     version: int = VERSION
 
+    def below(self, folder: str) -> Manifest:
+        """The same dataset with all its files moved into ``folder``, '' or as in 'new/'."""
+        shards = tuple(dataclasses.replace(shard, path=f"{folder}{shard.path}") for shard in self.shards)
+        return dataclasses.replace(self, shards=shards, folder=f"{folder}{self.folder}")
+
     def to_json(self) -> str:
         """Text for manifest.json; equal manifests give equal text."""
         return sealed({"kind": FORMAT, **dataclasses.asdict(self)})

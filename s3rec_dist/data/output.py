@@ -10,17 +10,20 @@ import contextlib
 import glob
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from s3rec_dist.data.dataset import Manifest
 from s3rec_dist.data.formats import put_in_place
-from s3rec_dist.storage import Storage
+from s3rec_dist.storage import Storage, files_below, in_parallel
 
 Progress = Callable[[str], None]
 """Takes a line about what is being done."""
 
-_NAMES = re.compile(r"manifest\.json|manifests|shards|v[0-9]+|(index|items|attributes|leftover)\.parquet")
+_NAMES = re.compile(r"manifest\.json|manifests|shards|v[0-9]+|g[0-9a-f]{8}|(index|items|attributes|leftover)\.parquet")
 """What a dataset's folder holds."""
 
 
@@ -36,8 +39,8 @@ def dataset_output(
     block ends well, and both are gone after it.
 
     A local dataset is built beside its place and renamed. One for other storage is built in ``storage.scratch_dir`` and
-    uploaded, its manifest last; what ``overwrite`` replaces is removed just before that. Raises :class:`OutputError`
-    where there is something already that may not be replaced.
+    uploaded, its manifest last; what ``overwrite`` replaces is whole until then, and removed after it. Raises
+    :class:`OutputError` where there is something already that may not be replaced.
     """
     output = output.rstrip("/") or "/"
     path = storage.local(output)
@@ -70,17 +73,19 @@ def dataset_output(
 
 
 def _publish(folder: str, url: str, storage: Storage) -> None:
-    _remove_dataset(url, storage)
+    """Uploads a dataset, its manifest last; where there is something of one already, into a folder of its own, so that
+    the other is whole until the manifest is replaced."""
+    before = set(filter(_NAMES.fullmatch, storage.names(url)))
+    sub = f"g{secrets.token_hex(4)}/" if before else ""
+    names = set(files_below(folder)) - {"manifest.json"}
     try:
-        storage.publish(folder, url)
+        in_parallel(lambda name: storage.upload(os.path.join(folder, name), f"{url}/{sub}{name}"), names)
     except BaseException:
         with contextlib.suppress(Exception):  # the error that brought us here is the one to report
-            _remove_dataset(url, storage)
+            for name in {sub.rstrip("/")} if sub else {name.partition("/")[0] for name in names}:
+                storage.remove(f"{url}/{name}")
         raise
-
-
-def _remove_dataset(url: str, storage: Storage) -> None:
-    """Removes a dataset, its manifest first; whatever else lies beside it stays."""
-    storage.remove(f"{url}/manifest.json")
-    for name in filter(_NAMES.fullmatch, storage.names(url)):
+    manifest = Manifest.from_json(Path(folder, "manifest.json").read_text(encoding="utf-8"))
+    storage.write(f"{url}/manifest.json", manifest.below(sub).to_json().encode())
+    for name in before - {"manifest.json"}:
         storage.remove(f"{url}/{name}")

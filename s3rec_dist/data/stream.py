@@ -236,14 +236,19 @@ class _GroupCache:
         self._pool = ThreadPoolExecutor(READS, thread_name_prefix="s3rec-read") if is_remote else None
 
     def get(self, indices: Sequence[int]) -> list[_Group]:
-        """These row groups; afterwards the least recently used ones are dropped."""
+        """These row groups. Afterwards the least recently used ones are dropped, but none of these: a stream goes on
+        where it is, so that the next chunk needs most of them again."""
         if self._pool is None:
             groups = [self._get(index) for index in indices]
         else:
             groups = [group for some in self._affordable(indices) for group in self._pool.map(self._get, some)]
+        kept = set(indices)
         with self._lock:
-            while self._used > self._limit and self._groups and next(iter(self._groups.values())).done():
-                self._used -= self._groups.popitem(last=False)[1].result().size
+            for index in list(self._groups):
+                if self._used <= self._limit:
+                    break
+                if index not in kept and self._groups[index].done():
+                    self._used -= self._groups.pop(index).result().size
         return groups
 
     def _get(self, index: int) -> _Group:

@@ -276,7 +276,9 @@ def test_remote_output_is_replaced_only_on_request_and_what_lies_beside_it_stays
     convert(old, f"{memory}/data")
     storage.write(f"{memory}/data/notes.txt", b"notes")
     convert(old, f"{memory}/data", format="webdataset", groups_per_shard=4, overwrite=True)
-    assert storage.names(f"{memory}/data/shards") == ["00000.tar", "00001.tar"]
+    new, *rest = storage.names(f"{memory}/data")
+    assert storage.names(f"{memory}/data/{new}/shards") == ["00000.tar", "00001.tar"]
+    assert rest == ["manifest.json", "notes.txt"]
     assert storage.read(f"{memory}/data/notes.txt") == storage.read(f"{memory}/notes.txt") == b"notes"
     assert_same(Dataset.open(f"{memory}/data"), old)
 
@@ -291,16 +293,26 @@ def test_an_upload_that_was_killed_can_be_replaced(prepared: Callable[..., Datas
     assert_same(Dataset.open(f"{memory}/data"), old)
 
 
-def test_an_upload_that_fails_leaves_nothing(prepared: Callable[..., Dataset], memory: str) -> None:
+def test_an_upload_that_fails_leaves_nothing_and_what_it_would_replace(
+    prepared: Callable[..., Dataset], memory: str
+) -> None:
     class Failing(Storage):
         def upload(self, path: str, url: str) -> None:
-            if url.endswith("manifest.json"):
+            if url.endswith("items.parquet"):
                 raise StorageError(f"{url}: failed")
             super().upload(path, url)
 
-    with pytest.raises(StorageError, match=r"manifest\.json: failed"):
-        convert(prepared(), f"{memory}/data", storage=Failing())
+    old = prepared()
+    with pytest.raises(StorageError, match=r"items\.parquet: failed"):
+        convert(old, f"{memory}/data", storage=Failing())
     assert Storage().names(f"{memory}/data/shards") == Storage().names(f"{memory}/data") == []
+
+    convert(old, f"{memory}/data")
+    before = Storage().names(f"{memory}/data")
+    with pytest.raises(StorageError, match=r"items\.parquet: failed"):
+        convert(old, f"{memory}/data", format="webdataset", overwrite=True, storage=Failing())
+    assert Storage().names(f"{memory}/data") == before
+    assert_same(Dataset.open(f"{memory}/data"), old)
 
 
 def test_the_command_says_what_it_wrote(

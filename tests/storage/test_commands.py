@@ -13,7 +13,6 @@ from conftest import Bucket
 from s3rec_dist.__main__ import main
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.prepare import PrepareSettings, prepare
-from s3rec_dist.storage import Storage
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def test_a_dataset_goes_to_the_store_and_back_through_errors(
     assert (
         main(["convert", url, "--output", url, "--format", "webdataset", "--rows-per-group", "20", "--overwrite"]) == 0
     )
-    assert Storage().names(f"{url}/shards") == ["00000.tar"]
+    assert [shard.path.rpartition("/")[2] for shard in Dataset.open(url).manifest.shards] == ["00000.tar"]
     back = str(tmp_path / "back")
     arguments = ["--format", "parquet", "--rows-per-group", "7", "--groups-per-shard", "2"]
     assert main(["convert", url, "--output", back, *arguments]) == 0
