@@ -1,7 +1,8 @@
 """Compiles the Triton kernels for a GPU that is not there: ``python compile_triton.py COMPUTE_CAPABILITY``.
 
 The code that launches them runs as it is, on CPU tensors; only the driver is a stand-in, which takes the machine code
-and starts nothing. Prints a JSON line for each kernel: its name, the case, and its bytes of shared memory.
+and starts nothing. Prints a JSON line for each kernel: its name, the case, and its bytes of shared memory. Where the
+variable KEEP_CUBIN names a folder, the machine code is kept there, for cuobjdump to tell registers and spills.
 """
 
 from __future__ import annotations

@@ -103,12 +103,11 @@ def forward(
             weights = tl.where(_kept(row_hash, first, columns, start, batch), weights, 0.0)
         mixed = mixed * shrink[:, None] + _dot(weights.to(value.dtype), value)
         top = higher
-    has_key = total > 0
-    total = tl.where(has_key, total, 1.0)
+    total = tl.where(total > 0, total, 1.0)  # a row without any key gives zeros
     mixed *= (batch.keep_scale / total)[:, None]
     _store(out, rows, is_query, head, mixed, D)
     at = lse + head.to(tl.int64) * queries + rows
-    tl.store(at, tl.where(has_key, top + tl.log2(total), -NO_KEY), mask=is_query)
+    tl.store(at, top + tl.log2(total), mask=is_query)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -141,7 +140,7 @@ def backward(
     is_query, is_key = rows < row_stop, _keys(columns, column_stop, batch)
     query = _load(q, rows, is_query, head, D)
     grad = _load(grad_out, rows, is_query, head, D)
-    row_lse = tl.load(lse + head.to(tl.int64) * queries + rows, mask=is_query, other=-NO_KEY)
+    row_lse = tl.load(lse + head.to(tl.int64) * queries + rows, mask=is_query, other=0.0)
     key = _load(k, columns, is_key, head, D)
     value = _load(v, columns, is_key, head, D)
     weights, grad_weights, used = _weights(
@@ -179,7 +178,7 @@ def backward_dq(
     query = _load(q, rows, is_query, head, D)
     grad = _load(grad_out, rows, is_query, head, D)
     at = head.to(tl.int64) * queries + rows
-    row_lse = tl.load(lse + at, mask=is_query, other=-NO_KEY)
+    row_lse = tl.load(lse + at, mask=is_query, other=0.0)
     row_delta = tl.sum(grad.to(tl.float32) * _load(out, rows, is_query, head, D).to(tl.float32), 1)
     tl.store(delta + at, row_delta, mask=is_query)
     grad_query = tl.zeros([TILE_Q, D], tl.float32)
@@ -239,7 +238,7 @@ def backward_dkdv(
         query = _load(q, rows, is_query, head, D)
         grad = _load(grad_out, rows, is_query, head, D)
         at = head.to(tl.int64) * queries + rows
-        row_lse = tl.load(lse + at, mask=is_query, other=-NO_KEY)
+        row_lse = tl.load(lse + at, mask=is_query, other=0.0)
         row_delta = tl.load(delta + at, mask=is_query, other=0.0)
         weights, grad_weights, used = _weights(
             query, key, value, grad, row_lse, first, limit, columns, is_key, row_hash, start, batch
@@ -279,9 +278,7 @@ def _weights(
 
 
 @triton.jit
-def _queries(
-    rows: tl.tensor, stop: tl.tensor, head: tl.tensor, batch: Batch, sequences: tl.tensor
-) -> tl.tensor:
+def _queries(rows: tl.tensor, stop: tl.tensor, head: tl.tensor, batch: Batch, sequences: tl.tensor) -> tl.tensor:
     """For packed queries: their first key, the end of their keys, and the hash of their dropout bits.
 
     From ``stop`` on there is no query: a row there has no key, and its sequence is the last one's.
