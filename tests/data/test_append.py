@@ -417,13 +417,14 @@ def test_a_dataset_that_was_replaced_meanwhile_is_left_alone(tmp_path: Path, mon
     given: dict[str, Any] = {"source": "recbole", "input": path, "output": url, "attributes": "none"}
     try:
         prepare(PrepareSettings(**given))
-        find = module._find_known
+        finish = module.new_manifest
 
-        def meanwhile(dataset: Dataset, engine: Any) -> None:
+        def meanwhile(*arguments: Any, **more: Any) -> Any:
+            manifest = finish(*arguments, **more)
             prepare(PrepareSettings(**given, overwrite=True, name="another"))
-            find(dataset, engine)
+            return manifest
 
-        monkeypatch.setattr(module, "_find_known", meanwhile)
+        monkeypatch.setattr(module, "new_manifest", meanwhile)
         new = write(tmp_path, "new", [("a", "x", 1, 9)])
         with pytest.raises(PrepareError, match="memory://append/out: has changed meanwhile"):
             append({"input": new, "output": url, "attributes": "none"})
