@@ -132,6 +132,8 @@ def backward(
     begin = tl.program_id(0) * stretch
     sequence = tl.where(begin > 0, _sequence_of(begin - 1, batch.cu_k, sequences) + 1, 0)
     sequence_stop = _sequence_of(begin + stretch - 1, batch.cu_k, sequences) + 1
+    if sequence == sequence_stop:
+        return
     rows = tl.load(batch.cu_q + sequence) + tl.arange(0, TILE)
     columns = tl.load(batch.cu_k + sequence) + tl.arange(0, TILE)
     row_stop = tl.load(batch.cu_q + sequence_stop)
