@@ -24,7 +24,7 @@ from s3rec_dist.data.dataset import SAMPLE_END_BITS, Dataset
 from s3rec_dist.data.order import EpochOrder, Part, SampleSpec, check_world, choose_streams, epoch_order
 
 CHUNK_SAMPLES = 16384
-"""Samples packed in one go, at least one batch."""
+"""Samples packed in one go, fewer where they are long, but at least one batch."""
 
 READS = 32
 """Row groups read from remote storage at a time."""
@@ -70,8 +70,9 @@ class Stream:
     """This rank's part of every global batch, in order. See the module's docstring.
 
     ``mix`` are further datasets with their weights, of the same catalogue; ``dataset`` has weight 1, and rows of the
-    others are numbered on from its last. At most ``prefetch_bytes`` of packed batches wait to be used, and as many
-    bytes are read from remote storage at a time; ``cache_bytes`` of decoded row groups are kept.
+    others are numbered on from its last. At most ``prefetch_bytes`` of packed batches wait to be used, but one
+    batch at least, and as many bytes are read from remote storage at a time; ``cache_bytes`` of decoded row groups are
+    kept.
 
     Raises :class:`~s3rec_dist.data.order.OrderError` where streams, batch size and world size do not fit.
     """
@@ -102,9 +103,10 @@ class Stream:
         counts = [d.index.per_group(spec.counts(d.index.lengths.astype(np.int64)) * d.index.counts) for d in datasets]
         self._group_samples = np.concatenate(counts).astype(np.int64)
         self._groups = _GroupCache(datasets, spec, cache_bytes, prefetch_bytes)
-        self._chunk_steps = max(CHUNK_SAMPLES * world_size // batch_size, 1)
-        largest = self._chunk_steps * batch_size // world_size * (4 * spec.max_items + 16)
-        self._depth = max(prefetch_bytes // largest, 1)
+        largest = batch_size // world_size * (4 * spec.max_items + 16)  # bytes of this rank's part of a batch
+        affordable = prefetch_bytes // (prefetch_threads + 1) // largest  # a chunk for each thread while one is used
+        self._chunk_steps = max(min(CHUNK_SAMPLES * world_size // batch_size, affordable), 1)
+        self._depth = max(prefetch_bytes // (self._chunk_steps * largest), 2)
         self._pool = ThreadPoolExecutor(prefetch_threads, thread_name_prefix="s3rec-stream")
 
     @property
