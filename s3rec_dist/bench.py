@@ -5,6 +5,7 @@
     s3rec bench evaluate --dataset data/beauty        # users/s of full ranking
     s3rec bench stream --dataset data/beauty          # sequences/s read, verified, decoded and packed, on one core
     s3rec bench resume                                # seconds to the middle of an epoch of a billion samples
+    s3rec bench kernels                               # attention beside its rivals, correctness first
     s3rec bench prepare --events 5000000 50000000     # seconds, events/s and memory, by size of a synthetic log
 
 Weights are random, the work is real: the dataset is streamed, samples are reconstructed, the engine steps. Each
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``s3rec bench``."""
     parser.add_argument("name", choices=list(BENCHMARKS), help="what to measure")
     parser.add_argument(
-        "--dataset", metavar="DIR", help="dataset that 's3rec prepare' wrote; resume and prepare make their own"
+        "--dataset", metavar="DIR", help="dataset that 's3rec prepare' wrote; resume, prepare and kernels need none"
     )
     parser.add_argument("--config", metavar="FILE", help="settings of model and stage (default: the paper's)")
     parser.add_argument(
@@ -294,11 +295,18 @@ def _prepare(config: Config, dataset: None, world: World, args: argparse.Namespa
     return bench_prepare(args.events, repetitions=args.repetitions)
 
 
+def _kernels(config: Config, dataset: None, world: World, args: argparse.Namespace) -> Figures:
+    """Attention against its rivals, held against the definition first."""
+    from s3rec_dist.kernels.masked_attention.bench import bench_kernels
+
+    return bench_kernels(world.device, repetitions=args.repetitions)
+
+
 def _shown(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-WITHOUT_DATASET = ("resume", "prepare")
+WITHOUT_DATASET = ("resume", "prepare", "kernels")
 
 BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "reconstruct": _reconstruct,
@@ -308,6 +316,7 @@ BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "stream": _stream,
     "resume": _resume,
     "prepare": _prepare,
+    "kernels": _kernels,
 }
 
 

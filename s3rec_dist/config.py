@@ -134,7 +134,7 @@ class ModelConfig:
     """Standard deviation of the initial weights."""
     position_alignment: Literal["end", "start"] = "end"
     """``end``: the newest item always sits at the last position (the paper); ``start``: the oldest at the first."""
-    attention: Literal["auto", "reference", "sdpa"] = "auto"
+    attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
     """Attention backend; ``auto`` picks the fastest for the device."""
 
     def __post_init__(self) -> None:

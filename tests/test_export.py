@@ -536,9 +536,11 @@ def imported(
         return Parity(S3Rec.from_pretrained(output).eval(), dict(file))
 
 
-@pytest.fixture(params=["reference", "sdpa"])
+@pytest.fixture(params=["reference", "sdpa", "triton"])
 def parity(request: pytest.FixtureRequest, imported: Parity) -> Parity:
-    """The same with each attention backend."""
+    """The same with each attention backend; Triton's kernels are interpreted here."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
     old = imported.model
     config = dataclasses.replace(old.config, attention=request.param)
     model = S3Rec(config, old.n_items, old.n_attributes)
