@@ -201,12 +201,9 @@ class Storage:
     @contextlib.contextmanager
     def open(self, url: str, compression: str | None = None) -> Iterator[Any]:
         """A binary file to read from start to end; ``compression`` as in fsspec."""
-        if (path := self.local(url)) is not None:
-            with fsspec.open(path, "rb", compression=compression) as file:
-                yield file
-            return
+        path = self.local(url)
         kind = fsspec.core.get_compression(url, compression)
-        with io.BufferedReader(_RemoteFile(self, url), _BLOCK) as file:
+        with open(path, "rb") if path is not None else io.BufferedReader(_RemoteFile(self, url), _BLOCK) as file:
             yield fsspec.compression.compr[kind](file, mode="rb") if kind else file
 
     def write(self, url: str, data: bytes) -> None:

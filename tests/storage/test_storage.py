@@ -296,6 +296,14 @@ def test_chained_urls_and_unknown_protocols_are_refused(url: str, tmp_path: Path
             pytest.fail(name)
 
 
+@pytest.mark.parametrize("hidden", ["memory://file", "data:text/plain,hello"])
+def test_a_path_is_never_taken_for_a_url_of_another_protocol(hidden: str) -> None:
+    fsspec.filesystem("memory").pipe_file("/file", CONTENT)
+    storage = Storage(StorageConfig(protocols=("file",)))
+    with pytest.raises(FileNotFoundError), storage.open(f"file://{hidden}") as file:
+        file.read()
+
+
 def test_chained_urls_and_other_protocols_open_where_allowed(bucket: Bucket) -> None:
     (bucket.folder / "file").write_bytes(CONTENT)
     chained = Storage(StorageConfig(chained_urls=True, retries=0))
