@@ -539,12 +539,12 @@ def sync_file(path: str) -> None:
 def put_in_place(folder: str, output: str, replaced: str) -> None:
     """Renames ``folder`` to ``output``, all three on one disk. What was there before goes to ``replaced``, and comes
     back where the rename fails."""
-    if os.path.lexists(output):
-        os.rename(output, replaced)
     try:
+        if os.path.lexists(output):
+            os.rename(output, replaced)
         os.rename(folder, output)
-    except OSError:
-        if os.path.lexists(replaced):
+    except BaseException:  # a signal between the two as well
+        if os.path.lexists(replaced) and not os.path.lexists(output):
             os.rename(replaced, output)
         raise
     sync_file(os.path.dirname(output))

@@ -53,6 +53,7 @@ from s3rec_dist.data.formats import (
     decode_parquet,
     length_counts,
     parse_parquet_tail,
+    put_in_place,
     read_parquet_table,
     sha256_of,
     write_shards,
@@ -639,3 +640,28 @@ def test_page_headers_are_read_as_the_writer_means_them() -> None:
     assert _thrift(b"??" + text + b"rest", 2, 12) == (expected, 2 + len(text))
     with pytest.raises(ValueError, match="field 2 comes twice"):
         _thrift(b"\x15\x00\x15\x02\x05\x04\x04\x00", 0, 12)
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_an_interrupted_replacement_leaves_the_old_folder_or_the_new_one_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    for name in ("new", "place"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(name)
+    rename, done = os.rename, 0
+
+    def interrupted(source: str, target: str) -> None:
+        nonlocal done
+        if done < renames:
+            rename(source, target)
+        done += 1
+        if done == max(renames, 1):
+            raise KeyboardInterrupt
+        if done > renames:
+            rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        put_in_place(str(tmp_path / "new"), str(tmp_path / "place"), str(tmp_path / "replaced"))
+    assert (tmp_path / "place" / "which").read_text() == ("new" if renames == 2 else "place")
