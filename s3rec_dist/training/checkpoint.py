@@ -34,11 +34,14 @@ from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.formats import sha256_of, sync_file
 from s3rec_dist.storage import DamagedFile, Storage, in_parallel
 from s3rec_dist.training.engine import Engine, gather, on_rank_zero, together
+from s3rec_dist.training.relayout import read_adam_state
 
 FOLDER = "checkpoints"
 SHARDS, WEIGHTS, STATE, MANIFEST = "deepspeed", "model.safetensors", "state.json", "manifest.json"
 _FORMAT = "s3rec_dist checkpoint"
 _WRITING, _OLD = ".writing-", ".old-"
+_DESCRIBED = {"bytes": int, "sha256": str}
+"""What a manifest says of a file."""
 
 
 class CheckpointError(ValueError):
@@ -302,6 +305,9 @@ def _files_of(folder: str, storage: Storage) -> dict[str, Any]:
     files = manifest.get("files", {})
     if manifest.get("format") != _FORMAT or manifest.get("version") != 1 or STATE not in files:
         raise CheckpointError(f"{source}: not the manifest of a checkpoint that this version writes")
+    for name, entry in files.items():
+        if not isinstance(entry, dict) or {key: type(value) for key, value in entry.items()} != _DESCRIBED:
+            raise CheckpointError(f"{source}: does not say size and SHA-256 of {name}, it has changed")
     if outside := [name for name in files if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]:
         raise CheckpointError(f"{source}: names a file outside the checkpoint, {outside[0]!r}")
     return dict(files)
@@ -342,26 +348,34 @@ def _told_as_damage() -> Iterator[None]:
 
 
 def load(engine: Engine, checkpoint: Checkpoint) -> None:
-    """Restores weights and optimizer. All ranks call it. Raises :class:`CheckpointError` where world size, ZeRO
-    stage or precision differ from the run that saved it."""
-    state, here = checkpoint.state, run_layout(engine)
-    resizable = state["zero_stage"] == 0  # every rank has everything
-    for key, remedy in (
-        ("zero_stage", "engine.zero_stage={}"),
-        ("precision", "engine.precision={}"),
-        ("world_size", "{} processes"),
-    ):
-        if state[key] != here[key] and not (key == "world_size" and resizable):
-            raise CheckpointError(
-                f"{checkpoint.source}: was saved with {key} {state[key]}, this run has {here[key]}; "
-                f"resume with {remedy.format(state[key])}, or start over with --no_resume"
-            )
+    """Restores weights and optimizer. All ranks call it. The world size and ZeRO stage may differ from those of the
+    run that saved it; raises :class:`CheckpointError` where the precision does."""
+    state, shards = checkpoint.state, checkpoint.folder / SHARDS
+    if state["precision"] != engine.precision:
+        raise CheckpointError(
+            f"{checkpoint.source}: was saved with precision {state['precision']}, this run has {engine.precision}; "
+            f"resume with engine.precision={state['precision']}, or start over with --no_resume"
+        )
+    if not is_relayout(engine, state):
+        with together():
+            engine.load_shards(shards)
+        return
     with together():
-        engine.load_shards(checkpoint.folder / SHARDS)
+        weights = load_file(checkpoint.folder / WEIGHTS)
+        names = [name for name, _ in engine.model.named_parameters()]
+        adam = read_adam_state(shards, state["zero_stage"], names)
+    engine.load_tensors(weights, adam)
+
+
+def is_relayout(engine: Engine, state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's shards are cut for another world size or ZeRO stage; uncut ones, of stage 0, fit any."""
+    if state["zero_stage"] != engine.zero_stage:
+        return True
+    return engine.zero_stage > 0 and state["world_size"] != engine.world.size
 
 
 def run_layout(engine: Engine) -> dict[str, Any]:
-    """What of the engine a state.json records, and a resumed run must share."""
+    """What of the engine a state.json records: how its shards are cut, and the precision, which a resumed run keeps."""
     return {"world_size": engine.world.size, "zero_stage": engine.zero_stage, "precision": engine.precision}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -113,6 +114,18 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(
     found = checkpoint.newest(folder)
     assert found is not None and found.folder.name == "step-00000002"
     assert len(found.damaged) == 1 and "step-00000004" in found.damaged[0]
+
+
+@pytest.mark.parametrize("key", ["bytes", "sha256"])
+def test_a_manifest_that_does_not_say_what_a_file_should_be_is_damaged(saved: tuple[Engine, Path], key: str) -> None:
+    _, folder = saved
+    path = folder / "step-00000004" / "manifest.json"
+    text = path.read_text()
+    for place in re.finditer(f'"{key}"', text):
+        path.write_text(f'{text[: place.start()]}"?{text[place.start() + 2 :]}')
+        found = checkpoint.newest(folder)
+        assert found is not None and found.folder.name == "step-00000002"
+        assert "manifest.json: does not say size and SHA-256 of" in found.damaged[0]
 
 
 def test_where_no_checkpoint_is_whole_it_does_not_start_over(saved: tuple[Engine, Path]) -> None:
