@@ -155,8 +155,12 @@ class Task:
 
 
 def open_datasets(config: Config, storage: Storage) -> list[Dataset]:
-    """The dataset that is trained on, and those that are mixed in, which must know the same items and attributes."""
+    """The dataset that is trained on, and those that are mixed in, which must know the same items."""
     data = config.data
+    if data.on_bad_shard == "skip" and data.verify == "hash":
+        raise ConfigError(
+            "data.verify=hash stops at a damaged shard, data.on_bad_shard=skip goes on; choose one of them"
+        )
     bad = data.max_bad_shards if data.on_bad_shard == "skip" else 0
     dataset = Dataset.open(data.path, storage, revision=data.revision, max_bad_shards=bad)
     others = [Dataset.open(entry.path, storage, max_bad_shards=bad) for entry in data.mix]
@@ -263,7 +267,10 @@ class _Training:
         state = found.state
         self.step = self.saved_step = state["step"]
         self.best, self.since_best, self.metrics = state["best"], state["since_best"], state["metrics"]
-        self.tracker.event("resume", step=self.step, checkpoint=found.folder.name)
+        layout = {}
+        if checkpoint.is_relayout(self.engine, state):
+            layout = {"saved_by": f"{state['world_size']} processes with engine.zero_stage={state['zero_stage']}"}
+        self.tracker.event("resume", step=self.step, checkpoint=found.folder.name, **layout)
 
     def run(self) -> None:
         """Trains to the last epoch, or until validation stops improving."""
@@ -396,7 +403,7 @@ class _Training:
         }
         found = set().union(*gather(own))
         for shard, reason in sorted(found - self.left_out):
-            self.tracker.event("left_out", step=self.step, shard=shard, reason=reason)
+            self.tracker.event("left_out", step=self.step, shard=shard, reason=reason.removeprefix(f"{shard}: "))
         self.left_out |= found
         shards = sorted({shard for shard, _ in found})
         if len(shards) > limit:
@@ -558,9 +565,10 @@ def _check_same_run(config: Config, name: StageName, fingerprint: str, found: Ch
     state = found.state
     start_over = "take another output folder, or start over with --no_resume"
     if state["dataset_fingerprint"] != fingerprint:
+        mixed = " with this data.mix" if config.data.mix or state["config"]["data"].get("mix") else ""
         raise CheckpointError(
-            f"{found.source}: was trained on another dataset than {config.data.path}, or that has changed since; "
-            f"restore it, name its data.revision, {start_over}"
+            f"{found.source}: was trained on another dataset than {config.data.path}{mixed}, or that has changed "
+            f"since; restore it, name its data.revision, {start_over}"
         )
     then, now = _flat(state["config"]), _flat(to_dict(config))
     schedule_follows_epochs = now[f"{name}.schedule"] != "constant"

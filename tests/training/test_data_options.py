@@ -95,7 +95,7 @@ def test_mixed_datasets_train_alike_on_two_processes_and_after_a_stop(
     assert curve(tmp_path / "two" / "pretrain") == pytest.approx(alone, rel=1e-6)
 
     config = make_config(dataset, tmp_path / "alone", **{**more, "data__mix": [{**mix[0], "weight": 0.5}]})
-    with pytest.raises(ValueError, match="was trained on another dataset"):
+    with pytest.raises(ValueError, match=r"was trained on another dataset than .* with this data\.mix"):
         run("pretrain", config)
 
 
@@ -115,7 +115,8 @@ def test_a_damaged_shard_is_left_out_on_all_processes_alike_and_told(
     skip = {"data__on_bad_shard": "skip", "pretrain__epochs": 1}
     folder = run("pretrain", make_config(damaged, tmp_path / "alone", **skip))
     (event,) = events(folder, "left_out")
-    assert event["shard"].endswith("shards/00001.parquet") and "SHA-256" in event["reason"]
+    assert event["shard"].endswith("shards/00001.parquet")
+    assert event["reason"].startswith("row group 1: ") and "SHA-256" in event["reason"]
     alone = curve(folder)
     whole = curve(run("pretrain", make_config(dataset, tmp_path / "whole", pretrain__epochs=1)))
     assert alone.keys() == whole.keys() and alone != whole
@@ -124,6 +125,12 @@ def test_a_damaged_shard_is_left_out_on_all_processes_alike_and_told(
     assert on_two_processes(launch, tmp_path, config) == ["", ""]
     assert curve(tmp_path / "two" / "pretrain") == pytest.approx(alone, rel=1e-6)
     assert len(events(tmp_path / "two" / "pretrain", "left_out")) == 1
+
+
+def test_damage_cannot_be_both_looked_for_before_training_and_left_out(dataset: Path, tmp_path: Path) -> None:
+    both = {"data__on_bad_shard": "skip", "data__verify": "hash"}
+    with pytest.raises(ConfigError, match="choose one of them"):
+        run("pretrain", make_config(dataset, tmp_path, **both))
 
 
 def test_more_damaged_shards_than_may_be_left_out_stop_the_run(tmp_path: Path) -> None:
