@@ -52,7 +52,7 @@ def convert(
     """Writes ``dataset`` to ``output``, a path or URL, and returns the new manifest; what is not given stays as it is.
 
     Memory holds ``READ_AHEAD`` row groups and one new one. Raises :class:`ConvertError`, OutputError, DatasetError
-    where the dataset is damaged, or StorageError.
+    or DamagedFile where the dataset is damaged, or StorageError.
     """
     rows, groups = _sizes(dataset, rows_per_group, groups_per_shard)
     old = dataset.manifest
@@ -67,7 +67,7 @@ def convert(
         )
         more = [name for name in old.files if name not in _CATALOGUE]
         for name in more:
-            dataset.storage.download(dataset.file(name), os.path.join(folder, name))
+            dataset.storage.download(dataset.file(name), os.path.join(folder, name), sha256=old.files[name])
         manifest = new_manifest(
             folder,
             name=old.name,
@@ -82,9 +82,8 @@ def convert(
         progress("reading it back")
         for _ in after.over(_row_groups(Dataset(folder, manifest))):
             pass
-        expected = [old.content, old.catalogue, before.hexdigest(), *(old.files[name] for name in more)]
-        found = [manifest.content, manifest.catalogue, after.hexdigest(), *(manifest.files[name] for name in more)]
-        if found != expected:
+        expected = (old.content, old.catalogue, before.hexdigest())
+        if (manifest.content, manifest.catalogue, after.hexdigest()) != expected:
             raise ConvertError(
                 f"{dataset.path}: the rewritten dataset says something else than this one (content {manifest.content}, "
                 f"expected {old.content}); nothing has been written. Check it with 's3rec inspect --verify'"

@@ -22,7 +22,7 @@ from s3rec_dist.data.dataset import Dataset, DatasetError, Sequences, new_manife
 from s3rec_dist.data.formats import SHARD_SCHEMA, content_of, sha256_of, write_shards
 from s3rec_dist.data.output import OutputError
 from s3rec_dist.data.prepare import PrepareSettings, prepare
-from s3rec_dist.storage import Storage, StorageError
+from s3rec_dist.storage import DamagedFile, Storage, StorageError
 
 FORMATS = ("parquet", "webdataset")
 EXTENSIONS = {"parquet": ".parquet", "webdataset": ".tar"}
@@ -168,7 +168,7 @@ def test_files_beside_the_catalogue_go_along(prepared: Callable[..., Dataset], t
     assert_same(new, old)
     assert (tmp_path / "new" / "more.bin").read_bytes() == b"more"
     (Path(old.path) / "more.bin").write_bytes(b"less")
-    with pytest.raises(ConvertError, match="says something else"):
+    with pytest.raises(DamagedFile, match=r"more\.bin: SHA-256 is .*, its manifest says"):
         convert(Dataset(old.path, manifest), str(tmp_path / "other"))
 
 
