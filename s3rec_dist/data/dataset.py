@@ -381,7 +381,8 @@ class Dataset:
         manifest = cls._read_manifest(source, path, storage)
         if revision not in (0, manifest.revision):
             if not 0 < revision < manifest.revision:
-                raise DatasetError(f"{source}: has revisions 1 to {manifest.revision}, not {revision}")
+                known = f"revisions 1 to {manifest.revision}" if manifest.revision > 1 else "only revision 1"
+                raise DatasetError(f"{source}: has {known}, not {revision}")
             manifest = cls._read_manifest(f"{path}/manifests/{revision}.json", path, storage)
         return cls(path, manifest, storage, max_bad_shards=max_bad_shards)
 

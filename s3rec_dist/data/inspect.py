@@ -308,7 +308,8 @@ def _files(shards: Facts, groups: Facts | None) -> list[str]:
 
 def _preparation(preparation: Facts) -> list[str]:
     """What was read and left out, but for what was 0; rows that could not be read."""
-    counts = [(name, value) for name, value in preparation.items() if type(value) is int and value]
+    numbers = {name: value for name, value in preparation.items() if type(value) is int and value}
+    counts = [(name, value) for name, value in numbers.items() if name != "last_time"]
     counts.sort(key=lambda count: (not count[0].endswith("_read"), count[0]))
     rows = [[name.replace("_", " "), f"{value:,}"] for name, value in counts]
     source = preparation.get("settings", {}).get("input", "")
@@ -326,7 +327,8 @@ def _checks(checks: Facts, shards: Facts, groups: Facts | None) -> list[str]:
     files: dict[str, list[str]] = {}
     for problem in problems:
         files.setdefault(problem["file"], []).append(problem["problem"].partition("; ")[0])
-    lines = [f"checks: FAILED for {len(files):,} files; restore them or prepare the dataset again"]
+    those = "1 file; restore it" if len(files) == 1 else f"{len(files):,} files; restore them"
+    lines = [f"checks: FAILED for {those} or prepare the dataset again"]
     for file, told in files.items():
         told = list(dict.fromkeys(told))
         lines += [f"  {file}", *(f"    {line}" for line in told[:_SHOWN])]

@@ -318,7 +318,7 @@ def test_what_a_person_reads(toy: Callable[..., Dataset]) -> None:
         "shards": {"count": 2, **spread},
     }
     facts["row_groups"] |= {"total": 600, "min": 100, "median": 200, "max": 300}
-    counted = {"bad_rows": 1, "short_users": 0, "rows_read": 23, "users_read": 1234, "ids": "keep"}
+    counted = {"bad_rows": 1, "short_users": 0, "rows_read": 23, "users_read": 1234, "last_time": 99}
     examples = ["toy.txt:3: empty user id"]
     facts["preparation"] = {"settings": {"input": "toy.txt"}, **counted, "bad_row_examples": examples}
     assert format_facts(facts) == PRINTED
