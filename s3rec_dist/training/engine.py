@@ -22,7 +22,7 @@ import pickle
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -32,6 +32,7 @@ import torch.distributed as dist
 from torch import nn
 
 from s3rec_dist.config import ConfigError, EngineConfig, PretrainConfig, StageConfig
+from s3rec_dist.training.relayout import MOMENTS, AdamState
 
 T = TypeVar("T")
 
@@ -452,10 +453,69 @@ class Engine:
         return self._written
 
     def load_shards(self, folder: Path) -> None:
-        """Restores what :meth:`save_shards` wrote, at the same world size and settings."""
+        """Restores what :meth:`save_shards` wrote, at the same world size (any under stage 0) and ZeRO stage."""
         path, _ = self._deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:
             raise EngineError(f"{folder}: DeepSpeed found no checkpoint in it")
+
+    def load_tensors(self, weights: Mapping[str, torch.Tensor], adam: AdamState) -> None:
+        """Restores whole fp32 weights and Adam's state, whatever world size and ZeRO stage they were saved with. All
+        ranks must call it, with the same."""
+        optimizer = self._deepspeed.optimizer
+        if self.zero_stage == 3:
+            optimizer.checkpoint_event_prologue()  # every parameter is only its parts from here on
+        if self.zero_stage and adam.step is not None:
+            flat = optimizer.fp32_partitioned_groups_flat if self.zero_stage == 3 else None
+            for part in optimizer.single_partition_of_fp32_groups if flat is None else flat:
+                moments = {key: torch.zeros_like(part) for key in MOMENTS}
+                optimizer.optimizer.state[part] = {"step": adam.step.clone().to(part.device), **moments}
+            if flat is None:
+                optimizer._lazy_init_hp_params_optimizer_state()
+        if self.zero_stage and adam.loss_scaler is not None:
+            optimizer.loss_scaler = adam.loss_scaler
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                self._put(parameter, weights[name].to(parameter.device), adam.moments(name, parameter), adam.step)
+            for name, buffer in self.model.named_buffers():
+                if name in weights:
+                    buffer.copy_(weights[name])
+        if self.zero_stage == 3:
+            optimizer.checkpoint_event_epilogue()
+
+    def _put(
+        self,
+        parameter: Any,
+        weight: torch.Tensor,
+        moments: dict[str, torch.Tensor],
+        step: torch.Tensor | None,
+    ) -> None:
+        """Sets one parameter, its master weight and what Adam knows of it."""
+        from deepspeed import utils
+
+        if self.zero_stage == 3:
+            part = self._own_part(parameter, weight)
+            parameter.ds_tensor.copy_(part)
+            utils.safe_set_local_fp32_param(parameter, part)
+            for key, moment in moments.items():
+                utils.safe_set_local_optimizer_state(parameter, self._own_part(parameter, moment), key)
+            return
+        parameter.copy_(weight)
+        if self.zero_stage:
+            utils.safe_set_full_fp32_param(parameter, weight)
+            for key, moment in moments.items():
+                utils.safe_set_full_optimizer_state(parameter, moment, key)
+            return
+        master = self._master_weight(parameter)
+        master.copy_(weight)
+        if moments and step is not None:
+            adam = self._deepspeed.optimizer if self._plain else self._deepspeed.optimizer.optimizer
+            adam.state[master] = {"step": step.clone().to(master.device), **moments}
+
+    def _own_part(self, parameter: Any, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a tensor that ZeRO 3 cuts as it cuts ``parameter``, padded with zeros."""
+        share = parameter.ds_tensor.numel()
+        padded = nn.functional.pad(whole.flatten(), (0, share * self.world.size - whole.numel()))
+        return padded.narrow(0, share * self.world.rank, share)
 
     def _write_shard(self, state_dict: Any, path: str) -> None:
         """Takes the place of DeepSpeed's writer. An exception here would leave the other ranks waiting in the

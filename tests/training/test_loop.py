@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -223,7 +224,6 @@ def two_process_runs(dataset: Path, output: Path) -> dict[str, dict[str, Any]]:
             add(f"{stage} {zero} bf16", stage, engine__precision="bf16", **short)
     add("half", "pretrain", 20, pretrain__checkpoint_every_steps=3)
     add("other half", "pretrain")  # test_another_world_size... has begun it
-    add("another stage", "pretrain", None, "pretrain 1", engine__zero_stage=2, pretrain__epochs=4)
     add("streams", "pretrain", data__streams=1)
     add("not pretrained", "finetune", finetune__pretrained="auto")
     add("changed", "pretrain", data__path=str(output / "changed dataset"))
@@ -399,17 +399,55 @@ def test_without_zero_a_run_goes_on_with_more_or_fewer_processes(
         assert_close(curve(folder), curve(whole["pretrain"]), 1e-5)
 
 
+WORLDS, DEATHS = (1, 2, 4, 2), (8, 14, 26, None)
+"""The processes of each part of a run, and the step before which it dies, always in mid-epoch."""
+CHAINS: dict[str, tuple[str, str, tuple[int, ...]]] = {
+    **{f"zero {zero}": ("pretrain", "fp32", (zero,) * 4) for zero in (1, 2, 3)},
+    "stages": ("pretrain", "fp32", (0, 1, 3, 0)),
+    "stages, fine-tuning": ("finetune", "fp32", (3, 0, 2, 1)),
+    "stages, bf16": ("pretrain", "bf16", (0, 1, 3, 0)),
+    "zero 2, bf16": ("finetune", "bf16", (2,) * 4),
+}
+"""Stage, precision, and the ZeRO stage of each part."""
+
+
+@pytest.fixture(scope="session")
+def chains(dataset: Path, launch: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs that go from 1 to 2, 4 and 2 processes."""
+    output = tmp_path_factory.mktemp("chains")
+    for part, (ranks, dies_before) in enumerate(zip(WORLDS, DEATHS, strict=True)):
+        jobs = {}
+        for name, (stage, precision, zeros) in CHAINS.items():
+            changes = {f"{stage}__epochs": 2 if stage == "pretrain" else 3, f"{stage}__checkpoint_every_steps": 3}
+            changes |= {"engine__zero_stage": zeros[part], "engine__precision": precision}
+            jobs[name] = job(stage, make_config(dataset, output / name, **changes), dies_before=dies_before)
+        (output / "jobs.json").write_text(json.dumps(jobs))
+        printed = launch(ranks, [RUNS, str(output / "jobs.json")])[0]
+        line = next(line for line in printed.splitlines() if line.startswith("RESULT "))
+        expected = f"Died: before step {dies_before}" if dies_before else ""
+        assert json.loads(line.removeprefix("RESULT ")) == {name: [expected] * ranks for name in CHAINS}
+    return output
+
+
 @pytest.mark.slow
-def test_with_zero_another_number_of_processes_or_stage_is_refused_with_the_remedy(
-    pair: tuple[Path, dict[str, list[str]]], dataset: Path
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_run_goes_on_with_any_number_of_processes_and_any_zero_stage(
+    chains: Path, dataset: Path, whole: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
-    output, errors = pair
-    for error in errors["another stage"]:
-        assert "zero_stage 1, this run has 2" in error and "engine.zero_stage=1" in error and "--no_resume" in error
-    before = contents(output / "pretrain 3" / "pretrain" / "checkpoints")
-    with pytest.raises(CheckpointError, match=r"world_size 2, this run has 1; resume with 2 processes.*--no_resume"):
-        run("pretrain", make_config(dataset, output / "pretrain 3", engine__zero_stage=3, pretrain__epochs=4))
-    assert contents(output / "pretrain 3" / "pretrain" / "checkpoints") == before
+    stage, precision, zeros = CHAINS[name]
+    folder = chains / name / stage
+    assert [event["step"] for event in events(folder, "resume")] == [6, 12, 24]
+    saved_by = [f"{ranks} processes with engine.zero_stage={zero}" for ranks, zero in zip(WORLDS, zeros, strict=True)]
+    uncut = [a == b == 0 for a, b in itertools.pairwise(zeros)]
+    told = [event.get("saved_by") for event in events(folder, "resume")]
+    assert told == [None if same else text for text, same in zip(saved_by, uncut, strict=False)]
+    assert [(e["processes"], e["zero_stage"]) for e in events(folder, "start")] == list(zip(WORLDS, zeros, strict=True))
+    undisturbed = whole[stage]
+    if precision == "bf16":
+        undisturbed = run(stage, make_config(dataset, tmp_path, engine__precision="bf16", engine__zero_stage=zeros[0]))
+    expected = {step: loss for step, loss in curve(undisturbed).items() if step in curve(folder)}
+    assert len(expected) == (34 if stage == "pretrain" else 30)
+    assert_close(curve(folder), expected, 1e-5 if precision == "fp32" else 1e-3)
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(
@@ -469,7 +507,6 @@ def test_checkpoints_every_few_steps_include_an_epoch_s_last(dataset: Path, tmp_
         ("finetune", {"finetune__loss": "ce"}, "finetune.loss was 'bce', is 'ce'"),
         ("finetune", {"finetune__pretrained": "auto"}, "finetune.pretrained was 'none', is 'auto'"),
         ("finetune", {"evaluation__protocol": "sampled"}, "evaluation.protocol was 'full', is 'sampled'"),
-        ("pretrain", {"engine__zero_stage": 1}, "zero_stage 0, this run has 1"),
         ("pretrain", {"engine__precision": "bf16"}, "precision fp32, this run has bf16"),
     ],
 )
