@@ -37,7 +37,8 @@ DAMAGE = (OSError, pa.ArrowException, UnicodeDecodeError, OverflowError)
 """What pyarrow raises on damaged files."""
 
 MOST_EXPANSION = 64
-"""A row group may decode to this many times its bytes, and to ``FREE_EXPANSION`` and what its announced items take."""
+"""A row group or a small table may decode to this many times its bytes, and ``FREE_EXPANSION`` and what its announced
+items take on top."""
 
 FREE_EXPANSION = 64 << 20
 """Bytes."""
@@ -287,17 +288,20 @@ def _open_parquet(data: bytes, schema: pa.Schema, where: str) -> Iterator[pq.Par
 
 
 def read_parquet_table(data: bytes, schema: pa.Schema, where: str) -> pa.Table:
-    """A whole small table. Raises :class:`FormatError`, naming ``where``, for another schema or damage."""
-    with _open_parquet(data, schema, where) as file:
-        try:
+    """A whole small table. Raises :class:`FormatError`, naming ``where``, for another schema or damage, and before
+    anything is decompressed where that would take much more than its bytes."""
+    footer = parse_parquet_tail(data, where, schema)
+    _check_expansion(data, 0, [chunk for group in footer.chunks for chunk in group], 0, where)
+    try:
+        with pq.ParquetFile(pa.BufferReader(data), metadata=footer.metadata, page_checksum_verification=True) as file:
             return file.read()
-        except DAMAGE as error:
-            raise FormatError(f"{where}: damaged ({error})") from error
+    except DAMAGE as error:
+        raise FormatError(f"{where}: damaged ({error})") from error
 
 
 @dataclass(frozen=True)
 class ParquetFooter:
-    """What a Parquet shard says of its row groups."""
+    """What a Parquet file says of its row groups."""
 
     metadata: Any
     """As pyarrow reads it. Asking it about column chunks may end the process where the footer is not sound."""
@@ -307,9 +311,9 @@ class ParquetFooter:
     """Of each row group the column chunks: first byte, bytes, values."""
 
 
-def parse_parquet_tail(tail: bytes, where: str) -> ParquetFooter:
-    """The footer in ``tail``, all of a shard after its last row group. Raises :class:`FormatError`."""
-    with _open_parquet(tail, SHARD_SCHEMA, where) as file:
+def parse_parquet_tail(tail: bytes, where: str, schema: pa.Schema = SHARD_SCHEMA) -> ParquetFooter:
+    """The footer in ``tail``, a Parquet file or all of it after its last row group. Raises :class:`FormatError`."""
+    with _open_parquet(tail, schema, where) as file:
         metadata = file.metadata
     try:
         fields, _ = _thrift(tail, len(tail) - 8 - int.from_bytes(tail[-8:-4], "little"), _STRUCT)
@@ -332,14 +336,7 @@ def decode_parquet(
     """
     names = SHARD_SCHEMA.names if with_users else ["items"]
     window = pa.PythonFile(_Window(data, offset), "r")
-    try:
-        expanded = _expanded_size(data, offset, footer.chunks[index])
-    except _UNSOUND as error:
-        raise FormatError(f"{where}: unexpected pages ({type(error).__name__}: {error})") from error
-    if expanded > MOST_EXPANSION * len(data) + FREE_EXPANSION + 16 * items:
-        raise FormatError(
-            f"{where}: its {len(data):,} bytes expand to {expanded:,}, the index announces {items:,} items"
-        )
+    _check_expansion(data, offset, footer.chunks[index], items, where)
     try:
         with pq.ParquetFile(window, metadata=footer.metadata, page_checksum_verification=True) as file:
             table = file.read_row_group(index, columns=names, use_threads=False)
@@ -351,8 +348,20 @@ def decode_parquet(
     return batch
 
 
+def _check_expansion(data: bytes, offset: int, chunks: list[tuple[int, int, int]], items: int, where: str) -> None:
+    """Raises :class:`FormatError` where the column ``chunks`` in ``data`` decode to much more than their bytes and
+    ``items`` announced ones call for."""
+    most = MOST_EXPANSION * len(data) + FREE_EXPANSION + 16 * items
+    try:
+        expanded = _expanded_size(data, offset, chunks)
+    except _UNSOUND as error:
+        raise FormatError(f"{where}: unexpected pages ({type(error).__name__}: {error})") from error
+    if expanded > most:
+        raise FormatError(f"{where}: its {len(data):,} bytes expand to {expanded:,}, expected {most:,} at most")
+
+
 def _expanded_size(data: bytes, offset: int, chunks: list[tuple[int, int, int]]) -> int:
-    """Bytes that a row group takes while it is decoded, as its page headers say, which the decoder goes by.
+    """Bytes that column chunks take while they are decoded, as its page headers say, which the decoder goes by.
 
     Raises one of ``_UNSOUND`` where they are not plain data pages.
     """
