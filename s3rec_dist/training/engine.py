@@ -217,6 +217,10 @@ def deepspeed_config(stage: StageConfig, config: EngineConfig, world: World) -> 
         "gradient_accumulation_steps": (stage.gradient_accumulation, f"{section}.gradient_accumulation"),
         "gradient_clipping": (stage.gradient_clipping, f"{section}.gradient_clipping"),
         "zero_optimization.stage": (config.zero_stage, "engine.zero_stage"),
+        "zero_optimization.round_robin_gradients": (
+            False,
+            "reading whole weights and Adam's state, which DeepSpeed mistakes for one another's there",
+        ),
         "bf16.enabled": (precision == "bf16", "engine.precision=bf16"),
         "fp16.enabled": (precision == "fp16", "engine.precision=fp16"),
         "torch_autocast.enabled": (False, "torch_autocast, which this program leaves to engine.precision"),
@@ -242,7 +246,7 @@ def deepspeed_config(stage: StageConfig, config: EngineConfig, world: World) -> 
     for key in ("optimizer", "torch_autocast", "train_batch_size"):
         merged.pop(key, None)
     for key, (value, _) in ours.items():
-        if not key.startswith(("optimizer", "torch_autocast", "train_batch_size")):
+        if not key.startswith(("optimizer", "torch_autocast", "train_batch_size", "zero_optimization.round_robin")):
             _put(merged, key, value)
     if "offload_optimizer" in merged["zero_optimization"]:
         merged.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's Adam will do

@@ -184,6 +184,7 @@ def test_settings_of_ones_own_are_merged_in(tmp_path: Path) -> None:
         ({"optimizer": {"params": {"lr": 0.1}}}, ["optimizer.params.lr=0.1", "pretrain.learning_rate, which is 0.001"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["pretrain.schedule=constant", "pretrain.warmup_steps"]),
         ({"torch_autocast": {"enabled": True}}, ["torch_autocast", "engine.precision"]),
+        ({"zero_optimization": {"round_robin_gradients": True}}, ["round_robin_gradients=True", "which is False here"]),
         ({"fp16": {"enabled": True}}, ["fp16 does not run on CPU"]),
     ],
 )
