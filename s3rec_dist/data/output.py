@@ -40,7 +40,7 @@ def dataset_output(
 
     A local dataset is built beside its place and renamed. One for other storage is built in ``storage.scratch_dir`` and
     uploaded, its manifest last; what ``overwrite`` replaces is whole until then, and removed after it. Raises
-    :class:`OutputError` where there is something already that may not be replaced.
+    :class:`OutputError` where there is something already that may not be replaced, or a local folder holds more.
     """
     output = output.rstrip("/") or "/"
     path = storage.local(output)
@@ -51,6 +51,12 @@ def dataset_output(
         is_cut_short = path is None and all(map(_NAMES.fullmatch, storage.names(place)))  # an upload that was killed
         if not (is_cut_short or storage.exists(f"{place}/manifest.json")):
             raise OutputError(f"{place}: not a dataset, so --overwrite leaves it alone; choose another output")
+        others = [name for name in storage.names(place) if not _NAMES.fullmatch(name)]
+        if path is not None and others:
+            raise OutputError(
+                f"{place}: holds {others[0]} too, which --overwrite would remove with the dataset; move it elsewhere, "
+                "or choose another output"
+            )
     parent, name = os.path.split(place)
     if path is not None:
         for leftover in glob.glob(os.path.join(glob.escape(parent), f".{glob.escape(name)}.partial-*")):

@@ -240,6 +240,10 @@ def test_an_output_that_exists_is_replaced_only_on_request_and_only_a_dataset(
     with pytest.raises(OutputError, match="not a dataset, so --overwrite leaves it alone"):
         convert(Dataset.open(old.path), str(tmp_path / "mine"), overwrite=True)
     assert os.listdir(tmp_path / "mine") == ["notes.txt"]
+    (Path(old.path) / "pretrain").mkdir()  # as output=DATASET makes
+    with pytest.raises(OutputError, match="holds pretrain too, which --overwrite would remove with the dataset"):
+        convert(Dataset.open(old.path), old.path, overwrite=True)
+    assert (Path(old.path) / "pretrain").is_dir()
 
 
 @pytest.mark.parametrize("sizes", [{"rows_per_group": -1}, {"groups_per_shard": -2}])
