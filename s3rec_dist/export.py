@@ -38,7 +38,7 @@ from s3rec_dist.config import Config, ModelConfig, from_dict, to_dict
 from s3rec_dist.data.dataset import Dataset, Manifest
 from s3rec_dist.data.formats import put_in_place, sync_file
 from s3rec_dist.model.s3rec import S3Rec
-from s3rec_dist.storage import Storage, StorageError, add_storage_argument, storage_of
+from s3rec_dist.storage import DamagedFile, Storage, StorageError, add_storage_argument, storage_of
 from s3rec_dist.training.checkpoint import (
     WEIGHTS,
     catalogue_of,
@@ -219,15 +219,11 @@ def write_model(
 
 def _copy(dataset: Dataset, name: str, folder: Path) -> dict[str, Any]:
     """Copies a file of the catalogue and compares it with the dataset's manifest."""
-    source = dataset.file(name)
-    dataset.storage.download(source, str(folder / name))
-    described = describe(folder / name)
-    if described["sha256"] != dataset.manifest.files[name]:
-        raise ExportError(
-            f"{source}: SHA-256 is {described['sha256']}, the manifest says {dataset.manifest.files[name]}; "
-            "restore the file or prepare the dataset again"
-        )
-    return described
+    try:
+        dataset.storage.download(dataset.file(name), str(folder / name), sha256=dataset.manifest.files[name])
+    except DamagedFile as error:
+        raise ExportError(f"{error}; restore the file or prepare the dataset again") from error
+    return describe(folder / name)
 
 
 @contextlib.contextmanager

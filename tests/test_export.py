@@ -232,7 +232,7 @@ def test_one_flipped_bit_is_found(run: Path, dataset: Dataset, tmp_path: Path, n
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(error, match=f"{name}: SHA-256 is"):
+    with pytest.raises(error, match=f"{name}: (its )?SHA-256 is"):
         S3Rec.from_pretrained(str(tmp_path / "m"))
 
 
