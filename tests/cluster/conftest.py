@@ -1,0 +1,42 @@
+"""Hosts for a test, and commands on them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))  # for runs.py
+sys.path.insert(0, str(Path(__file__).parent))  # for hosts.py
+
+from hosts import Hosts, cluster, why_not
+from runs import make_config, make_dataset, run
+
+
+@pytest.fixture(scope="session")
+def hosts_permitted() -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def make_hosts(hosts_permitted: None, tmp_path: Path) -> Iterator[Callable[[int], Hosts]]:
+    """``make_hosts(2)``: hosts that are gone after the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda count: stack.enter_context(cluster(count, tmp_path / "hosts"))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_dataset(folder)
+    return folder / "dataset"
+
+
+@pytest.fixture(scope="session")
+def alone(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an epoch in this process."""
+    return run("pretrain", make_config(dataset, tmp_path_factory.mktemp("alone"), pretrain__epochs=1))
