@@ -487,13 +487,15 @@ class RangeCache:
         if len(data) > self.limit or os.path.exists(path):
             return
         with contextlib.suppress(OSError), self._locked() as counter:  # a cache that cannot be written is no error
-            count = counter.read()  # nothing where there is none yet, or a process died while it wrote
+            count = counter.read(20)  # nothing where there is none yet, or a process died while it wrote
             used = int(count) if count.isdigit() else self.limit
             if used + len(data) > self.limit:
                 used = self._make_room(self.limit - len(data))
             counter.seek(0)
             counter.truncate()
-            counter.write(str(used + len(data)))  # before the file: a crash between counts too much, never too little
+            counter.write(
+                b"%d" % (used + len(data))
+            )  # before the file: a crash between counts too much, never too little
             counter.flush()
             os.makedirs(os.path.dirname(path), exist_ok=True)
             draft = f"{path}.{os.getpid()}.partial"
@@ -505,7 +507,7 @@ class RangeCache:
     def _locked(self) -> Iterator[Any]:
         import fcntl
 
-        with open(os.path.join(self.folder, "bytes"), "a+", encoding="ascii") as counter:
+        with open(os.path.join(self.folder, "bytes"), "a+b") as counter:
             fcntl.flock(counter, fcntl.LOCK_EX)
             counter.seek(0)
             yield counter
