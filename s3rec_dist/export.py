@@ -266,7 +266,13 @@ def _replaced(place: str, overwrite: bool, storage: Storage) -> list[str]:
         raise ExportError(f"{place}: exists already; choose another output, or pass --overwrite to replace it")
     if is_there and not is_cut_short and not {CONFIG, WEIGHTS} <= names:
         raise ExportError(f"{place}: not a model folder, so --overwrite leaves it alone; choose another output")
-    return [name for name in (CONFIG, WEIGHTS, *CATALOGUE, CARD) if name in names]
+    own = (CONFIG, WEIGHTS, *CATALOGUE, CARD)
+    if storage.local(place) is not None and (others := names.difference(own)):
+        raise ExportError(
+            f"{place}: holds {min(others)} too, which --overwrite would remove with the model; move it elsewhere, or "
+            "choose another output"
+        )
+    return [name for name in own if name in names]
 
 
 def model_card(metadata: Mapping[str, Any], name: str) -> str:

@@ -272,6 +272,11 @@ def test_overwrite_replaces_model_folders_only(run: Path, dataset: Dataset, tmp_
         with pytest.raises(ExportError, match="not a model folder, so --overwrite leaves it alone"):
             export(str(run), dataset, str(tmp_path / name), overwrite=True)
     assert (tmp_path / "thesis" / "thesis.tex").read_text() == "years of work"
+    export(str(run), dataset, str(tmp_path / "m"))
+    (tmp_path / "m" / ".git").mkdir()
+    with pytest.raises(ExportError, match=r"holds \.git too, which --overwrite would remove with the model"):
+        export(str(run), dataset, str(tmp_path / "m"), overwrite=True)
+    assert (tmp_path / "m" / ".git").is_dir()
 
 
 @pytest.mark.parametrize("earlier", [False, True])
