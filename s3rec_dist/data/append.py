@@ -82,7 +82,7 @@ def append(
                 _number_attributes(settings, dataset, engine, facts)
                 progress("writing sequences of users with new events")
                 shards, cut = engine.sequences(
-                    _sequences(before), USERS, os.path.join(own, "shards"), layout(settings), items
+                    _sequences(before), plan.SEQUENCES[1], os.path.join(own, "shards"), layout(settings), items
                 )
                 facts["users_truncated"], facts["interactions_truncated"] = cut.users, int(cut.items.sum())
                 return new_manifest(
@@ -266,9 +266,8 @@ HISTORY_SCHEMA = pa.schema([("old", pa.int64()), ("place", pa.int64()), ("item",
 
 
 def _load_histories(dataset: Dataset, engine: Engine) -> _Dead:
-    """touched(u), users with events, and history(old, place, item, is_last), what those of them with a row have."""
-    engine.table("touched", "SELECT DISTINCT u FROM events")
-    query = "SELECT old FROM returned WHERE u IN (SELECT u FROM touched) ORDER BY old"
+    """history(old, place, item, is_last), what users with new events have so far."""
+    query = "SELECT old FROM returned WHERE u IN (SELECT u FROM kept) ORDER BY old"
     old = np.concatenate([np.empty(0, np.int64), *(batch.column(0).to_numpy() for batch in engine.stream(query))])
     dead = _Dead({}, (0, 0))
 
@@ -299,7 +298,7 @@ def _drop_duplicates_of_histories(settings: PrepareSettings, engine: Engine) -> 
         "SELECT DISTINCT returned.u, met.i FROM history JOIN returned ON returned.old = history.old "
         f"JOIN met ON met.id = history.item{' WHERE history.is_last' if consecutive else ''}"
     )
-    return plan.narrow(
+    dropped = plan.narrow(
         engine,
         "events",
         "SELECT numbered.position, numbered.u, numbered.i, numbered.t FROM "
@@ -307,12 +306,13 @@ def _drop_duplicates_of_histories(settings: PrepareSettings, engine: Engine) -> 
         f"AS numbered LEFT JOIN ({had}) AS had ON had.u = numbered.u AND had.i = numbered.i "
         f"WHERE had.u IS NULL{' OR nth > 1' if consecutive else ''}",
     )
+    engine.table("counts", plan.COUNTS)
+    return dropped
 
 
 def _number_items(settings: PrepareSettings, dataset: Dataset, engine: Engine, facts: plan.Facts) -> int:
     """items(i, id, raw, n), old ones as they were with their new counts; returns how many there are now."""
     facts["ids"], known = settings.ids, dataset.n_items
-    engine.table("counts", "SELECT i, count(*) AS n FROM events GROUP BY i")
     new = (
         "SELECT counts.i, catalogue.raw, counts.n FROM counts JOIN catalogue ON catalogue.i = counts.i "
         "WHERE counts.i NOT IN (SELECT i FROM met)"
@@ -372,6 +372,3 @@ def _sequences(before: plan.Before) -> str:
         f"SELECT returned.u, CAST('{oldest}) AS t, history.place - {1 << 62} AS position, history.item "
         f"FROM history JOIN returned ON returned.old = history.old UNION ALL {plan.SEQUENCES[0]}"
     )
-
-
-USERS = "SELECT u, raw FROM users WHERE u IN (SELECT u FROM touched)"

@@ -6,7 +6,10 @@
     users      u, id, raw                                  u = 1.. in order of first appearance
     catalogue  i, id, raw                                  i likewise
     offered    position, u, i, t                           events that count: well rated, no duplicates
-    events     position, u, i, t                           those of users and items that pass the k-core and are kept
+    core       position, u, i, t                           those of users and items that pass the k-core
+    events     position, u, i, t                           those of users who are long enough
+    kept       u                                           those users
+    counts     i, n                                        items in events
     items      i, id, raw, n                               the ids of the dataset, with i NULL where nobody has met one
     attributes, item_attributes
 
@@ -304,23 +307,33 @@ def filter_events(settings: PrepareSettings, engine: Engine, facts: Facts, progr
             f"(SELECT position, u, i, t, COALESCE({duplicate}, FALSE) AS is_duplicate FROM offered) AS marked "
             "WHERE NOT is_duplicate",
         )
-    engine.view("events", "SELECT * FROM offered")
+    engine.view("core", "SELECT * FROM offered")
     facts["core_rounds"], facts["users_dropped_by_core"], facts["items_dropped_by_core"] = 0, 0, 0
     if max(settings.min_user_count, settings.min_item_count) > 1:
         before = _distinct(engine)
-        while dropped := _drop_weak(engine, settings.min_user_count, settings.min_item_count):
+        while dropped := _drop_weak(settings, engine):
             facts["core_rounds"] += 1
             progress(f"k-core round {facts['core_rounds']}: {dropped:,} interactions dropped")
         users, items = _distinct(engine)
         facts["users_dropped_by_core"], facts["items_dropped_by_core"] = before[0] - users, before[1] - items
-    facts["short_user_interactions"] = _drop_weak(engine, MIN_SEQUENCE, 0)
-    users = number(engine, "SELECT count(DISTINCT u) FROM events")
+    engine.table("lengths", "SELECT u, count(*) AS n FROM core GROUP BY u")
+    engine.table("short", f"SELECT u, n FROM lengths WHERE n < {MIN_SEQUENCE} AND u NOT IN (SELECT u FROM known_users)")
+    engine.table("kept", "SELECT u FROM lengths WHERE u NOT IN (SELECT u FROM short)")
+    short, interactions = row(engine, "SELECT count(*), sum(n) FROM short")
+    where = " WHERE u NOT IN (SELECT u FROM short)" if short else ""
+    engine.view("events", f"SELECT position, u, i, t FROM core{where}")
+    engine.table("counts", COUNTS)
+    users = number(engine, "SELECT count(*) FROM kept")
     facts["short_users"] = facts["users_read"] - facts["users_dropped_by_core"] - users
+    facts["short_user_interactions"] = interactions or 0
+
+
+COUNTS = "SELECT i, count(*) AS n FROM events GROUP BY i"
 
 
 def require_users(settings: PrepareSettings, engine: Engine, facts: Facts) -> None:
     """Raises :class:`PrepareError` where the filters left nobody."""
-    if not number(engine, "SELECT count(*) FROM events"):
+    if not number(engine, "SELECT count(*) FROM kept"):
         raise PrepareError(
             f"{settings.input}: no user is left with at least {MIN_SEQUENCE} interactions, of "
             f"{facts['users_read']:,} users and {facts['rows_read']:,} rows read; loosen the thresholds "
@@ -336,25 +349,25 @@ def narrow(engine: Engine, table: str, query: str) -> int:
     return before - number(engine, f"SELECT count(*) FROM {table}")
 
 
-def _drop_weak(engine: Engine, min_user_count: int, min_item_count: int) -> int:
-    """Drops events of users and of items with fewer; returns how many went. What is known already may stay."""
+def _drop_weak(settings: PrepareSettings, engine: Engine) -> int:
+    """One round of the k-core; returns how many events went. What is known already may stay."""
     conditions = []
-    for table, column, least in (("users", "u", min_user_count), ("items", "i", min_item_count)):
+    for table, column, least in (("users", "u", settings.min_user_count), ("items", "i", settings.min_item_count)):
         if least > 1:
             engine.table(
                 f"weak_{table}",
-                f"SELECT {column} FROM events GROUP BY {column} HAVING count(*) < {least} "
+                f"SELECT {column} FROM core GROUP BY {column} HAVING count(*) < {least} "
                 f"AND {column} NOT IN (SELECT {column} FROM known_{table})",
             )
             if number(engine, f"SELECT count(*) FROM weak_{table}"):
                 conditions.append(f"{column} NOT IN (SELECT {column} FROM weak_{table})")
     if not conditions:
         return 0
-    return narrow(engine, "events", f"SELECT position, u, i, t FROM events WHERE {' AND '.join(conditions)}")
+    return narrow(engine, "core", f"SELECT position, u, i, t FROM core WHERE {' AND '.join(conditions)}")
 
 
 def _distinct(engine: Engine) -> tuple[Any, ...]:
-    return row(engine, "SELECT count(DISTINCT u), count(DISTINCT i) FROM events")
+    return row(engine, "SELECT count(DISTINCT u), count(DISTINCT i) FROM core")
 
 
 def number_items(settings: PrepareSettings, engine: Engine, facts: Facts) -> int:
@@ -367,12 +380,11 @@ def number_items(settings: PrepareSettings, engine: Engine, facts: Facts) -> int
         settings.ids == "auto" and settings.source == "s3rec" and whole and largest == known
     )
     facts["ids"] = "keep" if keep else "count"
-    counts = "(SELECT i, count(*) AS n FROM events GROUP BY i) AS counts"
     if not keep:
         engine.table(
             "items",
             "SELECT counts.i, CAST(row_number() OVER (ORDER BY n DESC, raw) AS INTEGER) AS id, raw, n "
-            f"FROM {counts} JOIN catalogue ON catalogue.i = counts.i",
+            "FROM counts JOIN catalogue ON catalogue.i = counts.i",
         )
         return number(engine, "SELECT count(*) FROM items")
     require_dense(settings, largest, known)
@@ -380,7 +392,7 @@ def number_items(settings: PrepareSettings, engine: Engine, facts: Facts) -> int
         "items",
         "SELECT catalogue.i, CAST(ids.id AS INTEGER) AS id, CAST(ids.id AS STRING) AS raw, COALESCE(counts.n, 0) AS n "
         f"FROM range(1, {largest + 1}) AS ids(id) LEFT JOIN catalogue ON catalogue.raw = CAST(ids.id AS STRING) "
-        f"LEFT JOIN {counts} ON counts.i = catalogue.i",
+        "LEFT JOIN counts ON counts.i = catalogue.i",
     )
     return int(largest)
 
@@ -451,7 +463,10 @@ def leftover_schema(time_kind: str) -> pa.Schema:
 def write_leftover(engine: Engine, facts: Facts, path: str) -> None:
     """What the k-core and short users left out of events, in input order, for the next append."""
     schema = leftover_schema(facts["time_kind"])
-    left = number(engine, "SELECT count(*) FROM offered") > number(engine, "SELECT count(*) FROM events")
+    left = number(engine, "SELECT count(*) FROM offered") > number(engine, "SELECT sum(n) FROM counts")
+    if left:
+        engine.table("gone_users", "SELECT u FROM users WHERE u NOT IN (SELECT u FROM kept)")
+        engine.table("gone_items", "SELECT i FROM catalogue WHERE i NOT IN (SELECT i FROM counts)")
     with parquet_writer(path, schema, statistics=False) as writer:
         for batch in engine.stream(_LEFTOVER) if left else ():
             writer.write_table(pa.Table.from_batches([batch]).cast(schema))
@@ -459,16 +474,14 @@ def write_leftover(engine: Engine, facts: Facts, path: str) -> None:
 
 
 _LEFTOVER = (
-    "SELECT users.raw AS user, catalogue.raw AS item, offered.t FROM offered "
-    "JOIN users ON users.u = offered.u JOIN catalogue ON catalogue.i = offered.i "
-    "LEFT JOIN (SELECT DISTINCT u FROM events) AS kept_users ON kept_users.u = offered.u "
-    "LEFT JOIN (SELECT DISTINCT i FROM events) AS kept_items ON kept_items.i = offered.i "
-    "WHERE kept_users.u IS NULL OR kept_items.i IS NULL ORDER BY offered.position"
+    "SELECT users.raw AS user, catalogue.raw AS item, gone.t FROM (SELECT position, u, i, t FROM offered "
+    "WHERE u IN (SELECT u FROM gone_users) OR i IN (SELECT i FROM gone_items)) AS gone "
+    "JOIN users ON users.u = gone.u JOIN catalogue ON catalogue.i = gone.i ORDER BY gone.position"
 )
 
 SEQUENCES = (
     "SELECT events.u, events.t, events.position, items.id AS item FROM events JOIN items ON items.i = events.i",
-    "SELECT u, raw FROM users WHERE u IN (SELECT u FROM events)",
+    "SELECT u, raw FROM users WHERE u IN (SELECT u FROM kept)",
 )
 """Events, and the users they belong to, as :meth:`~s3rec_dist.data.engines.Engine.sequences` takes them."""
 
