@@ -493,9 +493,8 @@ class RangeCache:
                 used = self._make_room(self.limit - len(data))
             counter.seek(0)
             counter.truncate()
-            counter.write(
-                b"%d" % (used + len(data))
-            )  # before the file: a crash between counts too much, never too little
+            # Before the file: a crash between counts too much, never too little.
+            counter.write(b"%d" % (used + len(data)))
             counter.flush()
             os.makedirs(os.path.dirname(path), exist_ok=True)
             draft = f"{path}.{os.getpid()}.partial"
