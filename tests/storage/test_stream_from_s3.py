@@ -82,7 +82,7 @@ def test_a_stream_through_errors_stalls_and_spoilt_bodies_is_the_local_one(
     local: Path, bucket: Bucket, inject: Callable[..., FaultProxy]
 ) -> None:
     url = upload(local, bucket)
-    proxy = inject(errors=0.05, stalls=0.01, halts=0.01, truncated=0.05, corrupted=0.05)
+    proxy = inject(errors=0.05, stalls=0.01, halts=0.01, truncated=0.05, corrupted=0.05, seed=3)
     began = time.monotonic()
     storage = Storage(StorageConfig(timeout_s=2, retries=12))
     assert batches(url, storage, cache_bytes=1 << 15) == batches(str(local))
