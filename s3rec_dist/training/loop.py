@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,7 @@ from s3rec_dist.training.engine import (
     together,
 )
 from s3rec_dist.training.folder import RunFolder
+from s3rec_dist.training.preemption import STATUS, CutShort, Preempted, Preemption
 from s3rec_dist.training.tracking import KEPT_FILES, Tracker, clock, open_tracker, peak_memory_mb
 
 StageName = Literal["pretrain", "finetune"]
@@ -58,14 +59,14 @@ class TrainingError(ValueError):
 
 def run_pretrain(config: Config, *, resume: bool = True) -> str:
     """Pretrains and returns the run's folder or URL, ``<output>/pretrain``."""
-    with heeding_peers():
-        return _run(config, "pretrain", resume)
+    with heeding_peers(), Preemption() as preemption:
+        return _run(config, "pretrain", resume, preemption)
 
 
 def run_finetune(config: Config, *, resume: bool = True) -> str:
     """Fine-tunes and returns the run's folder or URL, ``<output>/finetune``."""
-    with heeding_peers():
-        return _run(config, "finetune", resume)
+    with heeding_peers(), Preemption() as preemption:
+        return _run(config, "finetune", resume, preemption)
 
 
 class Task:
@@ -173,7 +174,7 @@ def open_datasets(config: Config, storage: Storage) -> list[Dataset]:
     return [dataset, *others]
 
 
-def _run(config: Config, name: StageName, resume: bool) -> str:
+def _run(config: Config, name: StageName, resume: bool, preemption: Preemption) -> str:
     if not config.data.path:
         raise ConfigError("data.path is empty; name the dataset to train on, a folder that 's3rec prepare' wrote")
     world = start(config.engine)
@@ -189,7 +190,7 @@ def _run(config: Config, name: StageName, resume: bool) -> str:
         task = Task(config, name, dataset, world.device, mix)
         model = task.model()
     with RunFolder(os.path.join(config.output, name), storage, world) as folder:
-        _train(task, model, world, folder, resume)
+        _train(task, model, world, folder, resume, preemption)
     return folder.url
 
 
@@ -201,7 +202,7 @@ def _check_places(config: Config, storage: Storage) -> None:
         storage.local(place)
 
 
-def _train(task: Task, model: S3Rec, world: World, folder: RunFolder, resume: bool) -> None:
+def _train(task: Task, model: S3Rec, world: World, folder: RunFolder, resume: bool, preemption: Preemption) -> None:
     config, name = task.config, task.name
     found = checkpoint.newest(*folder.checkpoints) if resume else None
     with together():
@@ -217,7 +218,7 @@ def _train(task: Task, model: S3Rec, world: World, folder: RunFolder, resume: bo
         tracker = open_tracker(config, name, folder.local, world.rank)
     status = "failed"
     try:
-        training = _Training(task, model, world, folder, tracker)
+        training = _Training(task, model, world, folder, tracker, preemption)
         try:
             if found is not None:
                 training.resume(found)
@@ -225,21 +226,32 @@ def _train(task: Task, model: S3Rec, world: World, folder: RunFolder, resume: bo
                 tracker.event("pretrained", weights=pretrained)
             training.run()
             status = "finished"
+        except Preempted:
+            status = "preempted"
+            raise
         finally:
             training.close()
     finally:
         tracker.finish(status)
-        # Where training has failed, that is the error to report.
-        with contextlib.suppress(*[OSError, StorageError] if status == "failed" else []):
+        # Where training has failed, that is the error to report; where it was preempted, the checkpoint is there.
+        with contextlib.suppress(*[OSError, StorageError] if status != "finished" else []):
             folder.keep(whole=True)
 
 
 class _Training:
     """A stage at work."""
 
-    def __init__(self, task: Task, model: S3Rec, world: World, folder: RunFolder, tracker: Tracker) -> None:
+    def __init__(
+        self,
+        task: Task,
+        model: S3Rec,
+        world: World,
+        folder: RunFolder,
+        tracker: Tracker,
+        preemption: Preemption,
+    ) -> None:
         self.task, self.stage, self.config = task, task.stage, task.config
-        self.world, self.folder, self.tracker = world, folder, tracker
+        self.world, self.folder, self.tracker, self.preemption = world, folder, tracker, preemption
         self.stream = task.stream(world)
         self.steps_per_epoch = self.stream.steps_per_epoch
         if not self.stream.samples_per_epoch:
@@ -254,6 +266,7 @@ class _Training:
         self.meter = _Meter(world)
         self.step = 0
         self.saved_step = -1
+        self.owes_epoch_end = False  # an epoch's last step is done, its validation not
         self.best: dict[str, Any] | None = None
         self.since_best = 0
         self.metrics: dict[str, float] = {}
@@ -267,6 +280,7 @@ class _Training:
         state = found.state
         self.step = self.saved_step = state["step"]
         self.best, self.since_best, self.metrics = state["best"], state["since_best"], state["metrics"]
+        self.owes_epoch_end = state.get("owes_epoch_end", False)
         layout = {}
         if checkpoint.is_relayout(self.engine, state):
             layout = {"saved_by": f"{state['world_size']} processes with engine.zero_stage={state['zero_stage']}"}
@@ -288,6 +302,8 @@ class _Training:
         )
         began = time.monotonic()
         self.tracker.begin(step=self.step, total_steps=self.total_steps)
+        if self.owes_epoch_end:
+            self.end_epoch(self.step // self.steps_per_epoch)
         while self.step < self.total_steps and not self.has_converged():
             self.train_epoch(self.step // self.steps_per_epoch)
         if self.saved_step != self.step:
@@ -330,6 +346,9 @@ class _Training:
                 self.count_left_out()
             self.tracker.progress(self.step)
             ends_epoch = in_epoch + 1 == self.steps_per_epoch
+            if number := self.preemption.agreed(self.world):
+                self.owes_epoch_end = ends_epoch
+                self.leave(number)
             if not ends_epoch and stage.checkpoint_every_steps and self.step % stage.checkpoint_every_steps == 0:
                 self.meter.pause()
                 self.save()
@@ -342,10 +361,12 @@ class _Training:
         """Validates and saves where ``done`` finished epochs call for it."""
         is_last = self.step == self.total_steps
         improved = False
+        self.owes_epoch_end = True
         if not isinstance(self.stage, PretrainConfig) and (
             done % self.config.finetune.validate_every_epochs == 0 or is_last
         ):
             improved = self.validate(done)
+        self.owes_epoch_end = False
         every = self.stage.checkpoint_every_steps
         is_due = done % self.stage.checkpoint_every_epochs == 0 or (every > 0 and self.step % every == 0)
         if improved or is_last or self.has_converged() or is_due:
@@ -360,8 +381,11 @@ class _Training:
         model = self.engine.whole_model(self.task.model)
         model.eval()
         assert isinstance(model, S3Rec)
-        with torch.no_grad():
-            result = evaluate(model, self.task.dataset, self.config.evaluation, "validation", self.world.device)
+        try:
+            with torch.no_grad(), self.preemption.cutting_short(model.item_embedding):
+                result = evaluate(model, self.task.dataset, self.config.evaluation, "validation", self.world.device)
+        except CutShort as cut:
+            self.leave(cut.number)
         self.metrics = dict(result.metrics)
         self.tracker.log({f"validation/{name}": value for name, value in self.metrics.items()}, self.step)
         value = self.metrics[metric]
@@ -412,7 +436,16 @@ class _Training:
                 "restore them or prepare the dataset again, and run the command again to go on from the last checkpoint"
             )
 
-    def save(self) -> None:
+    def leave(self, number: int) -> NoReturn:
+        """Saves where training stands because of a signal, and ends the run."""
+        preempted = Preempted(number)
+        if self.saved_step != self.step:
+            self.save(keep_more=1)  # should this one be written again after its validation, another is whole meanwhile
+        tag = checkpoint.tag_of(self.step)
+        self.tracker.event("preempted", step=self.step, signal=preempted.signal, checkpoint=tag, status=STATUS)
+        raise preempted
+
+    def save(self, keep_more: int = 0) -> None:
         """Writes a checkpoint of where training stands."""
         self.meter.check(self.step)
         dataset = self.task.dataset
@@ -424,6 +457,7 @@ class _Training:
             "best": self.best,
             "since_best": self.since_best,
             "metrics": self.metrics,
+            "owes_epoch_end": self.owes_epoch_end,
             "config": to_dict(self.config),
             "dataset_fingerprint": self.task.fingerprint,
             "catalogue": checkpoint.catalogue_of(dataset),
@@ -436,7 +470,8 @@ class _Training:
         place, remote = self.folder.checkpoints
         try:
             on_rank_zero(self.folder.keep)  # before the checkpoint: a run that goes on from it has what led to it
-            tag = checkpoint.save(self.engine, place, state, keep=self.stage.keep_checkpoints, best=best, remote=remote)
+            keep = self.stage.keep_checkpoints + keep_more
+            tag = checkpoint.save(self.engine, place, state, keep=keep, best=best, remote=remote)
         except CheckpointError as error:
             with contextlib.suppress(OSError):  # the same full disk
                 self.tracker.event("checkpoint_failed", step=self.step, reason=str(error))
