@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from processes import start_process
-from runs import arguments, curve, events, make_config, make_dataset, run
+from runs import arguments, curve, events, make_config, make_dataset, metrics, run
+
+from s3rec_dist.training import checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -99,6 +101,36 @@ def test_a_mistake_is_told_by_every_process_and_ends_them_all(dataset: Path, tmp
     assert status != 0
     assert re.search(r"s3rec: error \(rank [01]\): finetune\.pretrained=auto: .*no such folder", output), output
     assert not (tmp_path / "finetune").exists()
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_launcher_that_is_told_to_end_leaves_a_whole_checkpoint(dataset: Path, tmp_path: Path, launcher: str) -> None:
+    """torchrun passes the signal on. Of deepspeed's three generations all have it, and its ``launch`` passes it on too,
+    so that a process has it twice."""
+    settings = arguments(dataset, tmp_path, pretrain__epochs=1000, engine__zero_stage=1)
+    module = ["--module", "s3rec_dist"] if launcher == "deepspeed" else ["-m", "s3rec_dist"]
+    command = (deepspeed if launcher == "deepspeed" else torchrun)(free_port(), *module, "pretrain", *settings)
+    process = start_process(command, {"OMP_NUM_THREADS": "1"})
+    folder = tmp_path / "pretrain"
+    try:
+        deadline = time.monotonic() + 60
+        while not ((folder / "metrics.jsonl").exists() and len(curve(folder)) > 20) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM) if launcher == "deepspeed" else process.terminate()
+        deadline = time.monotonic() + 25
+        while is_alive(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not is_alive(process.pid), "processes are left after 25 s"
+    finally:
+        if is_alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()[0]
+    (event,) = events(folder, "preempted")
+    assert event["signal"] == "SIGTERM" and metrics(folder)[-1]["status"] == "preempted", output
+    found = checkpoint.newest(folder / "checkpoints")
+    assert found is not None and not found.damaged and found.state["step"] == event["step"] == max(curve(folder)), (
+        output
+    )
 
 
 @pytest.mark.parametrize(
