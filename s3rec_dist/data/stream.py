@@ -149,6 +149,7 @@ class Stream:
 
     def close(self) -> None:
         """Stops the threads."""
+        self._groups.close(wait=False)  # or packing would wait for reads that have not begun
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._groups.close()
 
@@ -289,10 +290,10 @@ class _GroupCache:
             size += more
         yield turn
 
-    def close(self) -> None:
-        """Stops the reading threads."""
+    def close(self, wait: bool = True) -> None:
+        """Begins no further reads, and waits for those that run."""
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown(wait=wait, cancel_futures=True)
 
 
 def _ragged_take(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

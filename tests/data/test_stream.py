@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -316,8 +319,12 @@ def test_a_slow_consumer_is_read_ahead_of_by_a_bounded_number_of_bytes(
     stream = Stream(dataset, spec, prefetch_bytes=chunks * samples, **options)
     batches = stream.iterate(0)
     next(batches)
+    ahead = max(chunks, 2)  # the next batch is packed while one is used
+    deadline = time.monotonic() + 10
+    while len(reads) < ahead and time.monotonic() < deadline:
+        time.sleep(0.01)
     stream.close()  # waits for what runs
-    assert len(reads) == max(chunks, 2)  # the next batch is packed while one is used
+    assert len(reads) == ahead
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -398,6 +405,37 @@ def test_closing_ends_the_threads_after_an_epoch_an_early_exit_and_an_error(tmp_
         list(stream.iterate(0))
     stream.close()
     assert set(stream_threads()) == before
+
+
+def test_closing_waits_for_no_read_that_has_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, random_groups())
+    fsspec.filesystem("memory").put(str(tmp_path), "/closing", recursive=True)
+    original, reads = Dataset.read_row_group, itertools.count(1)
+    reading, go_on = threading.Event(), threading.Event()
+
+    def held(self: Dataset, index: int, with_users: bool = True) -> Any:
+        next(reads)
+        reading.set()
+        assert go_on.wait(10)
+        return original(self, index, with_users)
+
+    monkeypatch.setattr(Dataset, "read_row_group", held)
+    monkeypatch.setattr(module, "READS", 1)
+    stream = Stream(Dataset.open("memory://closing"), ALL, batch_size=24, seed=0)
+    close = stream._groups.close
+
+    def closed(wait: bool = True) -> None:
+        close(wait)
+        go_on.set()
+
+    with mock.patch.object(stream._groups, "close", closed), ThreadPoolExecutor(1) as pool:
+        batch = pool.submit(next, stream.iterate(0))
+        assert reading.wait(10)
+        stream.close()
+        with pytest.raises(CancelledError):
+            batch.result(10)
+    assert next(reads) == 2
+    fsspec.filesystem("memory").rm("/closing", recursive=True)
 
 
 def test_a_stream_left_early_serves_the_next_epoch_whole(dataset: Dataset) -> None:
