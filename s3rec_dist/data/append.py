@@ -35,7 +35,8 @@ from s3rec_dist.data import plan
 from s3rec_dist.data.dataset import Dataset, DatasetError, Manifest, new_manifest
 from s3rec_dist.data.engines import Engine, number, row
 from s3rec_dist.data.formats import DAMAGE, SHARD_SCHEMA, _Window, add_contents, content_of, sha256_of, sync_file
-from s3rec_dist.data.plan import BadRows, PrepareError, Progress
+from s3rec_dist.data.output import Progress
+from s3rec_dist.data.plan import BadRows, PrepareError
 from s3rec_dist.data.prepare import PrepareSettings, explained, layout, open_engine, open_source, scratch_storage
 from s3rec_dist.data.sources import Lake
 from s3rec_dist.storage import Storage, StorageError

@@ -23,7 +23,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +34,12 @@ from s3rec_dist.data.dataset import ATTRIBUTES_SCHEMA, ITEMS_SCHEMA, MIN_SEQUENC
 from s3rec_dist.data.engines import Engine, number, row
 from s3rec_dist.data.fold import Cut
 from s3rec_dist.data.formats import parquet_writer, sync_file
+from s3rec_dist.data.output import Progress
 from s3rec_dist.data.sources import LINE_BITS, S3RecPair, Source, Table
 
 if TYPE_CHECKING:
     from s3rec_dist.data.prepare import PrepareSettings
 
-Progress = Callable[[str], None]
 Facts = dict[str, Any]
 
 WHOLE_HISTORIES = {"s3rec": "line", "webdataset": "sample"}

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,12 +36,10 @@ from s3rec_dist.data import plan
 from s3rec_dist.data.dataset import MIN_SEQUENCE, SAMPLE_END_BITS, DatasetError, Manifest, new_manifest
 from s3rec_dist.data.engines import DuckDB, Engine, EngineError, Layout, engine_errors
 from s3rec_dist.data.formats import Format
-from s3rec_dist.data.output import OutputError, dataset_output
+from s3rec_dist.data.output import OutputError, Progress, dataset_output
 from s3rec_dist.data.plan import WHOLE_HISTORIES, BadRows, PrepareError
 from s3rec_dist.data.sources import Columns, RecBole, S3RecPair, Source, SourceError, Table, WebDatasetTars
 from s3rec_dist.storage import Storage, StorageError, add_storage_argument, storage_of
-
-__all__ = ["PrepareError", "PrepareSettings", "add_arguments", "prepare", "run", "summary"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +126,6 @@ class PrepareSettings:
             raise PrepareError(f"min_rating={self.min_rating}: expected a finite number")
         if self.max_history >> SAMPLE_END_BITS:
             raise PrepareError(f"max_history={self.max_history}: expected less than {1 << SAMPLE_END_BITS}")
-
-
-Progress = Callable[[str], None]
 
 
 def prepare(

@@ -48,7 +48,7 @@ class Spark:
             from pyspark.sql import SparkSession
         except ImportError as error:
             raise EngineError(f"engine=spark: {error}; pip install 's3rec-dist[spark]'") from error
-        self._work, self._made = work, 0
+        self._work, self._made = os.path.abspath(work), 0
         self._folders: dict[str, str] = {}
         active = SparkSession.getActiveSession()
         self._is_own = active is None
@@ -64,8 +64,7 @@ class Spark:
 
     def scan(self, name: str, lake: Lake) -> None:
         """As in :class:`~s3rec_dist.data.engines.Engine`; executors verify page checksums while they read."""
-        paths = [re.sub(r"([\\*?{}\[\]])", r"\\\1", path) for path in lake.paths]  # they are patterns
-        files = self._session.read.parquet(*paths)
+        files = self._session.read.parquet(*map(_pattern, lake.paths))
         kinds = {field.name: field.dataType.typeName() for field in files.schema.fields}
         columns = [
             f"{_spark_value(theirs, kind, kinds[theirs])} AS {ours}" for ours, (theirs, kind) in lake.columns.items()
@@ -86,10 +85,10 @@ class Spark:
         """As in :class:`~s3rec_dist.data.engines.Engine`."""
         rows = self._session.sql(sql)
         folder = self._new_path(name)
-        rows.write.parquet(folder)
+        rows.write.parquet(f"file://{folder}")
         self.drop(name)
         self._folders[name] = folder
-        self._session.read.schema(rows.schema).parquet(folder).createOrReplaceTempView(name)
+        self._session.read.schema(rows.schema).parquet(_pattern(folder)).createOrReplaceTempView(name)
 
     def load(self, name: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> pa.Schema:
         """As in :class:`~s3rec_dist.data.engines.Engine`."""
@@ -97,7 +96,7 @@ class Spark:
         os.mkdir(folder)
         schema = spool(os.path.join(folder, "rows.parquet"), schema, batches)
         self._folders[name] = folder
-        self._session.read.parquet(folder).createOrReplaceTempView(name)
+        self._session.read.parquet(_pattern(folder)).createOrReplaceTempView(name)
         return schema
 
     def drop(self, name: str) -> None:
@@ -113,7 +112,7 @@ class Spark:
     def stream(self, sql: str) -> Iterator[pa.RecordBatch]:
         """As in :class:`~s3rec_dist.data.engines.Engine`, by way of files, so that the driver need not hold it."""
         folder = self._new_path("stream")
-        self._session.sql(sql).write.parquet(folder)
+        self._session.sql(sql).write.parquet(f"file://{folder}")
         try:
             for name in sorted(name for name in os.listdir(folder) if name.endswith(".parquet")):
                 with pq.ParquetFile(os.path.join(folder, name)) as file:
@@ -152,6 +151,11 @@ class Spark:
     def _new_path(self, name: str) -> str:
         self._made += 1
         return os.path.join(self._work, f"{name}-{self._made}")
+
+
+def _pattern(path: str) -> str:
+    """What Spark reads as this one file or folder, whatever its default file system: it takes paths for patterns."""
+    return "file://" + re.sub(r"([\\*?{}\[\]])", r"\\\1", path)
 
 
 def _start(builder: Any, work: str, master: str, memory_limit: str) -> Any:

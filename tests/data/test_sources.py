@@ -280,6 +280,40 @@ class TestTable:
         )
         assert events(table(tmp_path / "events.parquet"))[0] == [("a", 7, 86_400_000_000), ("b", 8, None)]
 
+    def test_parquet_alone_is_left_to_the_engine_with_its_types(self, tmp_path: Path) -> None:
+        self.write(tmp_path / "b.parquet")
+        self.write(tmp_path / "a.parquet")
+        lake = table(tmp_path).lake()
+        assert lake is not None and lake.rows == 6
+        assert lake.paths == (str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet"))
+        assert lake.kinds() == {"user": pa.string(), "item": pa.string(), "time": pa.int64()}
+        self.write(tmp_path / "c.csv")
+        assert table(tmp_path).lake() is None
+
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {"file_row_number": pa.array([9, 9])},
+            {"USER_ID": pa.array(["x", "y"])},
+            {"timestamp": pa.array([1, 2], pa.float16())},
+            {"item_id": pa.array([1, 2], pa.int16())},
+        ],
+        ids=[
+            "an engine's own name",
+            "a name but for case",
+            "a type that some lack",
+            "another type than the file before",
+        ],
+    )
+    def test_parquet_that_engines_would_read_otherwise_is_read_here(self, tmp_path: Path, more: dict[str, Any]) -> None:
+        columns = {"user_id": ["u", "v"], "item_id": [1, 2], "timestamp": [3, 4]}
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        assert table(tmp_path).lake() is not None
+        second = tmp_path / ("b.parquet" if "item_id" in more else "a.parquet")
+        pq.write_table(pa.table(columns | more), second)
+        assert table(tmp_path).lake() is None
+        assert {row[:2] for row in events(table(tmp_path))[0]} == {("u", 1), ("v", 2)}
+
     @pytest.mark.parametrize(
         ("column", "values", "message"),
         [

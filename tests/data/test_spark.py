@@ -151,7 +151,14 @@ def test_a_pair_with_kept_ids_and_second_lines(tmp_path: Path) -> None:
     lines = [f"u{i % 190} {' '.join(map(str, rng.integers(1, 60, rng.integers(1, 9))))}" for i in range(200)]
     (tmp_path / "toy.txt").write_text("\n".join(lines) + "\n")
     (tmp_path / "toy_item2attributes.json").write_text(json.dumps({str(i): [i % 5 + 1, 9] for i in range(1, 80)}))
-    dataset = both(tmp_path, source="s3rec", input=str(tmp_path / "toy.txt"), ids="keep", on_bad_row="skip")
+    dataset = both(
+        tmp_path,
+        source="s3rec",
+        input=str(tmp_path / "toy.txt"),
+        ids="keep",
+        on_bad_row="skip",
+        work_dir=str(tmp_path / "work [1] {50%} #"),
+    )
     facts = dataset.manifest.preparation
     assert facts["bad_rows"] == 10 and facts["short_users"] > 0
     assert (facts["ids"], facts["attribute_ids"]) == ("keep", "keep")
