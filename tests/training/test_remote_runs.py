@@ -26,6 +26,7 @@ import pytest
 import s3fs
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
+from preempted import signalled
 from processes import start_process
 from runs import arguments, curve, died_run, events, make_config, make_dataset, metrics, run, weights
 from test_launchers import free_port, launch, torchrun
@@ -45,6 +46,7 @@ from s3rec_dist.storage import Storage, StorageError
 from s3rec_dist.training import checkpoint
 from s3rec_dist.training.checkpoint import CheckpointError, Remote
 from s3rec_dist.training.engine import World
+from s3rec_dist.training.preemption import Preempted
 
 RUNS = str(Path(__file__).with_name("runs.py"))
 STAGES = ("pretrain", "finetune")
@@ -334,6 +336,21 @@ def test_a_run_that_died_goes_on_bit_by_bit_on_another_machine(
     (resume,) = events(tmp_path / "copy", "resume")
     assert resume["step"] == 24
     assert not list((tmp_path / "scratch").iterdir()) and not list((tmp_path / "another").iterdir())
+
+
+def test_a_preempted_run_goes_on_bit_by_bit_on_another_machine_and_in_another_zero_stage(
+    dataset: Path, whole: dict[str, Path], bucket: str, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"finetune__pretrained": str(whole["pretrain"])}
+    for number, moment in enumerate(("save", "end of an epoch")):
+        config = config_at(dataset, bucket, tmp_path / str(number), engine__zero_stage=3 * number, **changes)
+        with signalled(moment), pytest.raises(Preempted):
+            run("finetune", config)
+        left = copied(f"{bucket}/finetune", tmp_path / f"left {number}")
+        assert metrics(left)[-1]["status"] == "preempted" and not list((tmp_path / str(number)).iterdir())
+    run("finetune", config_at(dataset, bucket, tmp_path / "last", engine__zero_stage=1, **changes))
+    assert_same_run(f"{bucket}/finetune", whole["finetune"], tmp_path / "copy")
+    assert [event["step"] for event in events(tmp_path / "copy", "preempted")] == [21, 30]
 
 
 @pytest.mark.parametrize("operation", [4, 9, 17, 24])
