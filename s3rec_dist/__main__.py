@@ -80,14 +80,18 @@ COMMANDS = {
         summary="turn raw interactions into a dataset",
         description="""
             Reads raw interactions, checks and filters them, numbers items and attributes, and writes the dataset
-            that every other command reads: sequences in sharded Parquet, the item catalogue, and a manifest with
+            that every other command reads: sequences in shards, the item catalogue, and a manifest with
             counts and checksums. The folder appears only when it is whole.""",
         example="""
             s3rec prepare --source s3rec --input Beauty.txt --output data/beauty
             s3rec prepare --source recbole --input ml-100k --attribute-fields class --output data/ml-100k
             s3rec prepare --source table --input 'events/*.parquet' --user-column uid --item-column sku \\
                 --time-column ts --attributes items.csv --attribute-fields brand category \\
-                --min-user-count 5 --min-item-count 5 --output data/shop""",
+                --min-user-count 5 --min-item-count 5 --output data/shop
+            s3rec prepare --append --input events/2026-11-25.parquet --output data/shop
+            s3rec prepare --source webdataset --input 'logs/shard-*.tar' --output s3://bucket/logs
+            s3rec prepare --engine spark --master spark://head:7077 --source table --input /lake/events \\
+                --output /lake/dataset""",
         build=_defined_in("s3rec_dist.data.prepare"),
     ),
     "inspect": Command(

@@ -30,12 +30,15 @@ class MixConfig:
 
     path: str
     """Dataset with the same items (a path or fsspec URL)."""
+    revision: int = 0
+    """Revision of the dataset; 0 is the newest."""
     weight: float = 1.0
     """How often an epoch takes each of its samples; 0.25 takes a quarter of them, the next epoch the next quarter."""
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ConfigError(f"data.mix: weight={self.weight} of {self.path}: expected more than 0")
+        _at_least("data.mix: revision", self.revision, 0)
+        if not 0 < self.weight <= 1000:
+            raise ConfigError(f"data.mix: weight={self.weight} of {self.path}: expected more than 0, up to 1000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,7 +470,7 @@ def _coerce(hint: Any, value: Any, source: str, key: str) -> Any:
         args = typing.get_args(hint)
         fixed = Ellipsis not in args
         if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(args)):
-            raise ConfigError(f"{source}: {key}={value!r}: expected a list, as in [0.9, 0.999]")
+            raise ConfigError(f"{source}: {key}={value!r}: expected a list, as in [a, b]")
         return tuple(_coerce(args[i] if fixed else args[0], v, source, f"{key}[{i}]") for i, v in enumerate(value))
     assert not isinstance(hint, types.UnionType)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -34,7 +34,7 @@ from s3rec_dist import __version__
 from s3rec_dist.data import plan
 from s3rec_dist.data.dataset import Dataset, DatasetError, Manifest, new_manifest
 from s3rec_dist.data.engines import Engine, number, row
-from s3rec_dist.data.formats import DAMAGE, SHARD_SCHEMA, _Window, add_contents, content_of, sha256_of, sync_file
+from s3rec_dist.data.formats import add_contents, content_of, sha256_of, sync_file
 from s3rec_dist.data.output import Progress
 from s3rec_dist.data.plan import BadRows, PrepareError
 from s3rec_dist.data.prepare import PrepareSettings, explained, layout, open_engine, open_source, scratch_storage
@@ -218,7 +218,7 @@ def _find_known(dataset: Dataset, engine: Engine) -> None:
 
     def users() -> Iterator[pa.RecordBatch]:
         for group in range(len(dataset.index)):
-            raw = _users_of(dataset, group)
+            raw = dataset.read_users(group)
             old = np.arange(len(raw), dtype=np.int64) + (group << GROUP_BITS)
             yield pa.record_batch({"old": old, "raw": raw})
 
@@ -230,28 +230,6 @@ def _find_known(dataset: Dataset, engine: Engine) -> None:
     )
     engine.view("known_users", "SELECT u FROM returned")
     engine.view("known_items", "SELECT i FROM met")
-
-
-def _users_of(dataset: Dataset, group: int) -> pa.Array:
-    """Users of a row group's living rows. Of Parquet only their column is read, whose pages carry checksums."""
-    if dataset.manifest.format != "parquet":
-        return dataset.read_row_group(group).users
-    index, shard = dataset.index, int(dataset.index.shard[group])
-    footer, within = dataset._footer(shard), int(index.group[group])
-    url = f"{dataset.path}/{dataset.manifest.shards[shard].path}"
-    offset, size, _ = footer.chunks[within][SHARD_SCHEMA.get_field_index("user")]
-    window = pa.PythonFile(_Window(dataset.storage.read_range(url, offset, size), offset), "r")
-    try:
-        with pq.ParquetFile(window, metadata=footer.metadata, page_checksum_verification=True) as file:
-            users = file.read_row_group(within, columns=["user"], use_threads=False).column(0).combine_chunks()
-    except DAMAGE as error:
-        raise DatasetError(f"{url}: row group {within} is damaged ({error}); restore it") from error
-    return users.take(pa.array(_living(dataset, group)))
-
-
-def _living(dataset: Dataset, group: int) -> np.ndarray:
-    """Numbers of a row group's living rows, as stored."""
-    return np.setdiff1d(np.arange(dataset.index.rows[group]), dataset.index.dead_rows(group))
 
 
 @dataclass
@@ -280,7 +258,7 @@ def _load_histories(dataset: Dataset, engine: Engine) -> _Dead:
             ends = np.concatenate([[0], np.cumsum(lengths)])
             place = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
             items = found.values[np.repeat(found.offsets[rows], lengths) + place]
-            dead.rows[group] = _living(dataset, group)[rows]
+            dead.rows[group] = dataset.index.living_rows(group)[rows]
             dead.content = add_contents([dead.content, content_of(found.users.take(pa.array(rows)), items, ends)])
             yield pa.record_batch(
                 [np.repeat(own, lengths), place, items, place == np.repeat(lengths, lengths) - 1], schema=HISTORY_SCHEMA

@@ -20,13 +20,14 @@ still be opened.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from s3rec_dist.data.formats import (
+    SHARD_SCHEMA,
     Format,
     FormatError,
     WrittenShard,
@@ -146,6 +148,15 @@ class Index:
         """The living rows' lengths, ascending, and the rows of each."""
         here = slice(*self.length_offsets[group : group + 2])
         return self.lengths[here], self.counts[here]
+
+    def items(self, group: int) -> int:
+        """Items of a row group's living rows."""
+        lengths, counts = self.length_counts(group)
+        return int(lengths.astype(np.int64) @ counts)
+
+    def living_rows(self, group: int) -> np.ndarray:
+        """Rows of a row group that are not dead, as stored."""
+        return np.setdiff1d(np.arange(self.rows[group]), self.dead_rows(group))
 
     def dead_rows(self, group: int) -> np.ndarray:
         """Rows of a row group that are dead."""
@@ -481,30 +492,35 @@ class Dataset:
             pa.array([], pa.string()), np.empty(0, np.int32), np.zeros(1, np.int64), int(self.index.first_row[index])
         )
 
+    def read_users(self, index: int) -> pa.Array:
+        """Raw user ids of row group ``index``, dead rows left out. Of Parquet only their column is read, of which page
+        checksums are verified and not the row group's SHA-256. Raises as :meth:`read_row_group`."""
+        if self.manifest.format != "parquet":
+            return self.read_row_group(index).users
+        shard, group = int(self.index.shard[index]), int(self.index.group[index])
+        url = f"{self.path}/{self.manifest.shards[shard].path}"
+        where = f"{url}: row group {group}"
+        with _telling_damage(url, where):
+            footer = self._footer(shard)
+            offset, size, _ = footer.chunks[group][SHARD_SCHEMA.get_field_index("user")]
+            data = self.storage.read_range(url, offset, size)
+            users = decode_parquet(data, offset, footer, group, ["user"], self.index.items(index), where).column("user")
+        return users.take(pa.array(self.index.living_rows(index)))
+
     def _sequences(self, index: int, with_users: bool) -> Sequences:
         entry, name = self.index, self.manifest.shards[self.index.shard[index]].path
         group = int(entry.group[index])
         url = f"{self.path}/{name}"
         where = f"{url}: row group {group}"
-        try:
+        with _telling_damage(url, where):
             offset = int(entry.offset[index])
             data = self.storage.read_checked(url, offset, int(entry.size[index]), entry.sha256[index])
             if self.manifest.format == "parquet":
                 footer = self._footer(int(entry.shard[index]))
-                lengths, counts = entry.length_counts(index)
-                items = int(lengths.astype(np.int64) @ counts)
-                batch = decode_parquet(data, offset, footer, group, with_users, items, where)
+                columns = SHARD_SCHEMA.names if with_users else ["items"]
+                batch = decode_parquet(data, offset, footer, group, columns, entry.items(index), where)
             else:
                 batch = decode_arrow(data, where)
-        except FileNotFoundError:
-            raise _Damaged(f"{url}: no such file, but the manifest lists it") from None
-        except OSError as error:  # a bad sector is damage; what else stands in the way may pass
-            kind = _Damaged if error.errno == errno.EIO else DatasetError
-            raise kind(f"{url}: cannot be read ({error})") from error
-        except DamagedFile as error:
-            raise _Damaged(f"{where}: {str(error).removeprefix(url + ': ')}") from error
-        except FormatError as error:
-            raise _Damaged(str(error)) from error
         lists = batch.column("items")
         users = batch.column("user") if with_users else None
         offsets = lists.offsets.to_numpy().astype(np.int64)
@@ -514,13 +530,12 @@ class Dataset:
             raise _Damaged(f"{where}: holds nulls")
         items = values.to_numpy(zero_copy_only=True)
         if len(dead := entry.dead_rows(index)):
-            living = np.setdiff1d(np.arange(len(lists)), dead)
-            lengths = np.diff(offsets)
             is_living = np.ones(len(lists), dtype=bool)
             is_living[dead] = False
+            lengths = np.diff(offsets)
             items = items[np.repeat(is_living, lengths)]
-            offsets = np.concatenate([offsets[:1], np.cumsum(lengths[living])])
-            users = users.take(pa.array(living)) if users is not None else None
+            offsets = np.concatenate([offsets[:1], np.cumsum(lengths[is_living])])
+            users = users.filter(pa.array(is_living)) if users is not None else None
         if not all(map(np.array_equal, length_counts(offsets), entry.length_counts(index))):
             raise _Damaged(f"{where}: sequence lengths differ from the index's")
         first_row = int(entry.first_row[index])
@@ -637,6 +652,22 @@ _RESTORE = "restore it or prepare the dataset again"
 _CHANGED = f"its SHA-256 is not the manifest's; the file has changed since it was prepared: {_RESTORE}"
 
 
+@contextlib.contextmanager
+def _telling_damage(url: str, where: str) -> Iterator[None]:
+    """Errors of reading a row group as :class:`DatasetError`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise _Damaged(f"{url}: no such file, but the manifest lists it") from None
+    except OSError as error:  # a bad sector is damage; what else stands in the way may pass
+        kind = _Damaged if error.errno == errno.EIO else DatasetError
+        raise kind(f"{url}: cannot be read ({error})") from error
+    except DamagedFile as error:
+        raise _Damaged(f"{where}: {str(error).removeprefix(url + ': ')}") from error
+    except FormatError as error:
+        raise _Damaged(str(error)) from error
+
+
 class _Damaged(DatasetError):
     """A row group that cannot be had from its shard, now or later."""
 
@@ -733,7 +764,7 @@ def _with_dead(dataset: Dataset, dead: Mapping[int, np.ndarray]) -> Index:
 
 def _without(dataset: Dataset, group: int, dead: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Length counts of a row group without the stored rows ``dead``."""
-    living = np.setdiff1d(np.arange(dataset.index.rows[group]), dataset.index.dead_rows(group))
+    living = dataset.index.living_rows(group)
     lengths = np.diff(dataset.read_row_group(group, with_users=False).offsets)[~np.isin(living, dead)]
     return length_counts(np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]))
 

@@ -19,7 +19,7 @@ import hashlib
 import io
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -328,20 +328,21 @@ def parse_parquet_tail(tail: bytes, where: str, schema: pa.Schema = SHARD_SCHEMA
 
 
 def decode_parquet(
-    data: bytes, offset: int, footer: ParquetFooter, index: int, with_users: bool, items: int, where: str
+    data: bytes, offset: int, footer: ParquetFooter, index: int, columns: Sequence[str], items: int, where: str
 ) -> pa.RecordBatch:
-    """Row group ``index`` of a Parquet shard from its bytes, which lie at ``offset``; ``items`` were announced.
+    """``columns`` of row group ``index`` of a Parquet shard from bytes that hold them and lie at ``offset``; ``items``
+    were announced.
 
     Raises :class:`FormatError`, before anything is decompressed where that would take much more than was announced.
     """
-    names = SHARD_SCHEMA.names if with_users else ["items"]
     window = pa.PythonFile(_Window(data, offset), "r")
-    _check_expansion(data, offset, footer.chunks[index], items, where)
+    chunks = [footer.chunks[index][SHARD_SCHEMA.get_field_index(name)] for name in columns]
+    _check_expansion(data, offset, chunks, items, where)
     try:
         with pq.ParquetFile(window, metadata=footer.metadata, page_checksum_verification=True) as file:
-            table = file.read_row_group(index, columns=names, use_threads=False)
-        columns = [column.chunk(0) if column.num_chunks == 1 else column.combine_chunks() for column in table.columns]
-        batch = pa.RecordBatch.from_arrays(columns, names=table.column_names)
+            table = file.read_row_group(index, columns=columns, use_threads=False)
+        arrays = [column.chunk(0) if column.num_chunks == 1 else column.combine_chunks() for column in table.columns]
+        batch = pa.RecordBatch.from_arrays(arrays, names=table.column_names)
         batch.validate(full=True)
     except DAMAGE as error:
         raise FormatError(f"{where}: damaged ({error})") from error

@@ -149,6 +149,10 @@ def explained(settings: PrepareSettings) -> Iterator[None]:
         raise PrepareError(str(error)) from error
     except engine_errors() as error:
         raise _explain(error, settings) from error
+    except RuntimeError as error:
+        if "interrupted" in str(error).lower():  # DuckDB's word for Ctrl-C during a query
+            raise KeyboardInterrupt from None
+        raise
 
 
 def scratch_storage(settings: PrepareSettings, storage: Storage) -> Storage:

@@ -164,7 +164,7 @@ def open_datasets(config: Config, storage: Storage) -> list[Dataset]:
         )
     bad = data.max_bad_shards if data.on_bad_shard == "skip" else 0
     dataset = Dataset.open(data.path, storage, revision=data.revision, max_bad_shards=bad)
-    others = [Dataset.open(entry.path, storage, max_bad_shards=bad) for entry in data.mix]
+    others = [Dataset.open(entry.path, storage, revision=entry.revision, max_bad_shards=bad) for entry in data.mix]
     for other in others:
         if other.manifest.catalogue != dataset.manifest.catalogue:
             raise ConfigError(

@@ -630,9 +630,9 @@ def test_whatever_bytes_are_vouched_for_end_in_an_error_or_are_rows() -> None:
     whole = parse_parquet_tail(tail, "x")
     kinds: dict[str, Callable[[], Any]] = {
         "stream": lambda: decode_arrow(spoilt(stream, random), "x"),
-        "pages": lambda: decode_parquet(spoilt(body, random), offset, whole, 0, True, 500, "x"),
+        "pages": lambda: decode_parquet(spoilt(body, random), offset, whole, 0, ["user", "items"], 500, "x"),
         "footer": lambda: decode_parquet(
-            body, offset, parse_parquet_tail(spoilt(tail, random), "x"), 0, True, 500, "x"
+            body, offset, parse_parquet_tail(spoilt(tail, random), "x"), 0, ["user", "items"], 500, "x"
         ),
         "table": lambda: read_parquet_table(spoilt(data, random), SHARD_SCHEMA, "x"),
     }
