@@ -18,7 +18,7 @@ set -euo pipefail
 fail() { echo "deepspeed_hosts.sh: $*" >&2 && exit 2; }
 
 # Writes what the hosts' shells source: this shell's variables that training reads, and a watch that ends a host's
-# processes where the connection to it is lost, this script has ended, or another host has failed, which it says in $run.
+# processes where the connection to it is lost, this script has ended, or another host has failed ($run/failed).
 write_environment() {
     local name
     for name in $(compgen -e); do
@@ -29,13 +29,15 @@ write_environment() {
     done
     echo "run=$run"
     cat <<'BASH'
-trap '(($? == 0)) || : >"$run/failed"' EXIT
 setsid bash -c '
-    group=$1 connection=$2 run=$3
+    group=$1 connection=$2 run=$3 patience=40 # seconds, to save a checkpoint
     while kill -0 "$connection" && [[ -d $run && ! -e $run/failed ]]; do sleep 1; done
-    [[ ! -e $run/failed ]] || sleep 15 # they may still say why
+    if [[ -e $run/failed ]]; then
+        sleep 5     # what stopped them may still be told
+        patience=10 # no checkpoint without the host that failed
+    fi
     kill -TERM -- "-$group"
-    for _ in {1..40}; do
+    for ((; patience; patience--)); do
         kill -0 -- "-$group" || exit
         sleep 1
     done
@@ -51,6 +53,14 @@ wait_for_all() {
         wait -n || { status=$? && : >"$run/failed"; }
     done
     return "$status"
+}
+
+# Passes on what pdsh prints. It waits for the other hosts when one fails.
+mark_failures() {
+    while IFS= read -r line; do
+        printf '%s\n' "$line" >&2
+        [[ $line != pdsh@*" exited with exit code "* ]] || : >"$run/failed"
+    done
 }
 
 stage=${1:-}
@@ -86,7 +96,7 @@ case $remote in
         done
         export PDSH_SSH_ARGS_APPEND="${lost[*]} ${PDSH_SSH_ARGS_APPEND:-}"
         deepspeed "${launcher[@]}" --launcher pdsh --force_multi --no_ssh_check \
-            --venv_script "$run/environment" "${training[@]}" &
+            --venv_script "$run/environment" "${training[@]}" 2> >(mark_failures) &
         wait_for_all $!
         ;;
     ssh)

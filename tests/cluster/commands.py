@@ -32,7 +32,7 @@ class Ended:
     ranks: dict[int, str]
     """On which host each rank was."""
     seconds: float
-    """From ``meanwhile`` returning True, or from the start, to the end of the last command."""
+    """From ``meanwhile`` returning True, or from the start, to the end of the last command and rank."""
 
 
 def run_on(
@@ -55,8 +55,8 @@ def run_on(
     with ThreadPoolExecutor(len(processes)) as pool:
         reading = [pool.submit(process.stdout.read) for process in processes if process.stdout is not None]
         try:
-            while any(process.poll() is None for process in processes):
-                ranks |= hosts.ranks()
+            while (now := hosts.ranks()) or any(process.poll() is None for process in processes):
+                ranks |= now
                 if meanwhile is not None and meanwhile():
                     meanwhile, began = None, time.monotonic()
                 if time.monotonic() > deadline:

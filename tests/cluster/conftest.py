@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))  # for runs.py
 sys.path.insert(0, str(Path(__file__).parent))  # for hosts.py
 
 from hosts import Hosts, cluster, why_not
-from runs import make_config, make_dataset, run
+from runs import curve, make_config, make_dataset, run
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +37,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def alone(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an epoch in this process."""
-    return run("pretrain", make_config(dataset, tmp_path_factory.mktemp("alone"), pretrain__epochs=1))
+def farthest(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], float]:
+    """The largest relative difference of a run's losses, over one to three whole epochs, from those of one process."""
+    alone = curve(run("pretrain", make_config(dataset, tmp_path_factory.mktemp("alone"))))
+
+    def compare(folder: Path) -> float:
+        found = curve(folder)
+        assert list(found) == list(alone)[: len(found)] and len(found) in (17, 34, 51)
+        return max(abs(loss / alone[step] - 1) for step, loss in found.items())
+
+    return compare

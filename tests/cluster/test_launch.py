@@ -12,7 +12,7 @@ import pytest
 import yaml
 from commands import BIN, ENVIRONMENT, REPOSITORY, Ended, run_on
 from hosts import Hosts
-from runs import arguments, curve, events
+from runs import arguments, events
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = ["deepspeed_hosts.sh", "torchrun.sh", "slurm.sbatch"]
@@ -77,7 +77,7 @@ def kubernetes(hosts: Hosts, settings: list[str], folder: Path) -> Ended:
     ids=["pdsh", "ssh", "slurm", "skypilot", "kubernetes"],
 )
 def test_two_hosts_train_as_one_process_does(
-    make_hosts: Callable[[int], Hosts], dataset: Path, alone: Path, tmp_path: Path, start: Start
+    make_hosts: Callable[[int], Hosts], dataset: Path, farthest: Callable[[Path], float], tmp_path: Path, start: Start
 ) -> None:
     hosts = make_hosts(2)
     output = tmp_path / HOSTILE
@@ -86,9 +86,7 @@ def test_two_hosts_train_as_one_process_does(
     assert ended.ranks == {0: "node0", 1: "node1"}
     (began,) = events(output / "pretrain", "start")
     assert began["processes"] == 2
-    found, expected = curve(output / "pretrain"), curve(alone)
-    assert found.keys() == expected.keys() and len(found) == 17
-    assert max(abs(found[step] / expected[step] - 1) for step in expected) < 1e-6
+    assert farthest(output / "pretrain") < 1e-6
     assert not list(tmp_path.rglob("pwned")), "a shell ran a value"
     assert not list(tmp_path.glob(".s3rec-*")), "the launcher leaves files behind"
 

@@ -6,24 +6,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import BIN, ENVIRONMENT, run_on
+from commands import BIN, ENVIRONMENT, REPOSITORY, run_on
 from hosts import Hosts
-from runs import arguments, curve
+from runs import arguments, events, metrics
 
 pytestmark = pytest.mark.slow
 
 MakeHosts = Callable[[int], Hosts]
+Farthest = Callable[[Path], float]
 
 
-def farthest(folder: Path, alone: Path) -> float:
-    """The largest relative difference of two runs' losses, which must have the same steps."""
-    found, expected = curve(folder), curve(alone)
-    assert found.keys() == expected.keys() and len(found) == 17
-    return max(abs(found[step] / expected[step] - 1) for step in expected)
+def once_logged(folder: Path, entries: int, act: Callable[[], None]) -> Callable[[], bool]:
+    """Acts when a run's metrics.jsonl has so many entries; tells when it has."""
+
+    def look() -> bool:
+        if not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < entries:
+            return False
+        act()
+        return True
+
+    return look
 
 
 def test_four_hosts_of_a_hostfile_train_as_one_process_does(
-    make_hosts: MakeHosts, dataset: Path, alone: Path, tmp_path: Path
+    make_hosts: MakeHosts, dataset: Path, farthest: Farthest, tmp_path: Path
 ) -> None:
     """DeepSpeed's own command: pdsh takes PYTHON* to the hosts, the file DS_ENV_FILE names what else they need."""
     variables = tmp_path / "variables"
@@ -38,4 +44,46 @@ def test_four_hosts_of_a_hostfile_train_as_one_process_does(
     )
     assert ended.statuses == [0], ended.output
     assert ended.ranks == {rank: f"node{rank}" for rank in range(4)}
-    assert farthest(tmp_path / "run" / "pretrain", alone) < 1e-6
+    assert farthest(tmp_path / "run" / "pretrain") < 1e-6
+
+
+@pytest.mark.parametrize(("remote", "fault"), [("ssh", Hosts.kill_ranks), ("pdsh", Hosts.cut)], ids=["killed", "cut"])
+def test_a_host_that_is_lost_ends_the_others(
+    make_hosts: MakeHosts, dataset: Path, tmp_path: Path, remote: str, fault: Callable[[Hosts, str], None]
+) -> None:
+    hosts = make_hosts(2)
+    environment = {**ENVIRONMENT, "HOSTFILE": str(tmp_path / "hosts" / "hostfile"), "REMOTE": remote}
+    settings = arguments(dataset, tmp_path / "run", pretrain__epochs=1000)
+    ended = run_on(
+        hosts,
+        {"node0": [str(REPOSITORY / "launch" / "deepspeed_hosts.sh"), "pretrain", *settings]},
+        folder=tmp_path,
+        environment=environment,
+        meanwhile=once_logged(tmp_path / "run" / "pretrain", 10, lambda: fault(hosts, "node1")),
+        timeout=120,
+    )
+    assert ended.statuses != [0]
+    assert ended.seconds < 60, ended.output
+
+
+def test_torchrun_brings_back_a_run_after_a_host_has_failed(
+    make_hosts: MakeHosts, dataset: Path, farthest: Farthest, tmp_path: Path
+) -> None:
+    hosts = make_hosts(2)
+    environment = {**ENVIRONMENT, "NODES": "2", "PROCESSES": "1", "RENDEZVOUS": "node0:29400"}
+    settings = arguments(dataset, tmp_path / "run", pretrain__epochs=3, pretrain__checkpoint_every_steps=5)
+    command = [str(REPOSITORY / "launch" / "torchrun.sh"), "pretrain", *settings]
+    folder = tmp_path / "run" / "pretrain"
+    ended = run_on(
+        hosts,
+        dict.fromkeys(hosts.inits, command),
+        folder=tmp_path,
+        environment={**environment, "NETWORK_INTERFACE": "eth0"},
+        meanwhile=once_logged(folder, 20, lambda: hosts.kill_ranks("node1")),
+        timeout=120,
+    )
+    assert ended.statuses == [0, 0], ended.output
+    first, second = events(folder, "start")
+    assert first["processes"] == second["processes"] == 2
+    assert first["step"] == 0 and second["step"] >= 15
+    assert farthest(folder) < 1e-6
