@@ -183,7 +183,7 @@ COMMANDS = {
         summary="measure speed and memory on this machine",
         description="Measures one part of the system; prints a table, and one JSON object as the last line.",
         example="s3rec bench pretrain --dataset data/beauty",
-        build=_defined_in("s3rec_dist.bench"),
+        build=_defined_in("s3rec_dist.bench.command"),
     ),
     "synth": Command(
         summary="make a synthetic event log of any size with a known structure",

@@ -27,7 +27,7 @@ MODULES = {
     "recommend": "s3rec_dist.recommend",
     "export": "s3rec_dist.export",
     "import": "s3rec_dist.export",
-    "bench": "s3rec_dist.bench",
+    "bench": "s3rec_dist.bench.command",
     "synth": "s3rec_dist.data.synth",
 }
 

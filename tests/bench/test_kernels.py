@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from s3rec_dist.kernels.masked_attention import bench
+from s3rec_dist.bench import kernels as bench
 
 CPU = torch.device("cpu")
 SHAPE = bench.Shape(name="odd", lengths=(3, 50, 1, 7), heads=2, head_size=16)

@@ -200,7 +200,7 @@ def _stream(config: Config, dataset: Dataset, world: World, args: argparse.Names
     try:
         figures = {title: _streamed(config, spec, world, args) for title, spec in specs.items()}
         if args.rivals:
-            from s3rec_dist.bench_rivals import rivals
+            from s3rec_dist.bench.rivals import rivals
 
             more = rivals(
                 dataset,
@@ -290,14 +290,14 @@ def _resume(config: Config, dataset: None, world: World, args: argparse.Namespac
 
 def _prepare(config: Config, dataset: None, world: World, args: argparse.Namespace) -> Figures:
     """Synthetic logs, each prepared by a process of its own."""
-    from s3rec_dist.data.prepare_bench import bench_prepare
+    from s3rec_dist.bench.prepare import bench_prepare
 
     return bench_prepare(args.events, repetitions=args.repetitions)
 
 
 def _kernels(config: Config, dataset: None, world: World, args: argparse.Namespace) -> Figures:
     """Attention against its rivals, held against the definition first."""
-    from s3rec_dist.kernels.masked_attention.bench import bench_kernels
+    from s3rec_dist.bench.kernels import bench_kernels
 
     return bench_kernels(world.device, repetitions=args.repetitions)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from s3rec_dist.__main__ import main
-from s3rec_dist.bench_rivals import RivalsError, _pack_arrays, _pack_bytes, _sequences, _sums, rivals
+from s3rec_dist.bench.rivals import RivalsError, _pack_arrays, _pack_bytes, _sequences, _sums, rivals
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.order import SampleSpec
 from s3rec_dist.data.stream import Stream

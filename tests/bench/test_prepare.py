@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from s3rec_dist.data.prepare_bench import bench_prepare
+from s3rec_dist.bench.prepare import bench_prepare
 
 
 def test_every_size_is_prepared_by_a_process_of_its_own(tmp_path: Path) -> None:

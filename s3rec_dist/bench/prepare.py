@@ -38,7 +38,7 @@ def bench_prepare(
 
 def _measured(log: str, output: str) -> dict[str, float]:
     """Figures of one preparation, told by its own process: a parent's say nothing of a child's peak."""
-    command = [sys.executable, "-m", "s3rec_dist.data.prepare_bench", log, output]
+    command = [sys.executable, "-m", "s3rec_dist.bench.prepare", log, output]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}")

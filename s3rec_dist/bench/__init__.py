@@ -1,0 +1,1 @@
+"""Benchmarks: the command, and what measures one part each."""
