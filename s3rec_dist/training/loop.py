@@ -58,13 +58,14 @@ class TrainingError(ValueError):
 
 
 def run_pretrain(config: Config, *, resume: bool = True) -> str:
-    """Pretrains and returns the run's folder or URL, ``<output>/pretrain``."""
+    """Pretrains and returns the run's folder or URL, ``<output>/pretrain``. Raises :class:`Preempted`, which as a
+    SystemExit ends the process with its status, where a signal calls for it."""
     with heeding_peers(), Preemption() as preemption:
         return _run(config, "pretrain", resume, preemption)
 
 
 def run_finetune(config: Config, *, resume: bool = True) -> str:
-    """Fine-tunes and returns the run's folder or URL, ``<output>/finetune``."""
+    """Fine-tunes and returns the run's folder or URL, ``<output>/finetune``; otherwise as :func:`run_pretrain`."""
     with heeding_peers(), Preemption() as preemption:
         return _run(config, "finetune", resume, preemption)
 

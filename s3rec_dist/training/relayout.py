@@ -1,8 +1,9 @@
 """Adam's state out of the shards of any world size and ZeRO stage, by the parameters' own names.
 
 With ``model.safetensors`` it is all that a run needs to go on in another layout. DeepSpeed's universal format holds the
-same tensors, but knows no stage 0, neither to convert from nor to load into, and its converter writes four files a
-parameter from processes of its own. Here the shards are mapped into memory, on every rank, and nothing is written.
+same tensors, but knows no stage 0, neither to convert from nor to load into; it has other files for stage 3 than for 1
+and 2; and its converter writes four files a parameter from processes of its own. Here the shards are mapped into
+memory, on every rank, and nothing is written.
 """
 
 from __future__ import annotations

@@ -113,22 +113,21 @@ def test_the_process_ends_with_the_status_of_the_first_signal_or_at_once_with_th
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rank", "moment", "zero", "step"),
-    [(0, "training", 0, 26), (1, "validation", 1, 10), (1, "end of an epoch", 0, 30), (-1, "save", 3, 22)],
-)
-def test_two_processes_leave_together_after_the_same_step(
-    dataset: Path, tmp_path: Path, launch: Callable[..., list[str]], rank: int, moment: str, zero: int, step: int
+def test_two_processes_leave_together_after_the_same_step_and_go_on_bit_by_bit(
+    dataset: Path, tmp_path: Path, launch: Callable[..., list[str]]
 ) -> None:
-    settings: dict[str, Any] = {"engine__zero_stage": zero, "finetune__epochs": 4}
-    command = ["finetune", *arguments(dataset, tmp_path, **settings)]
-    outputs = launch(2, [SCRIPT, str(rank), moment, "SIGTERM", *command], expect=75)
-    assert all("Traceback" not in output for output in outputs)
-    assert_left(tmp_path / "finetune", step, "SIGTERM")
-    jobs = {
-        "resumed": {"stage": "finetune", "config": to_dict(make_config(dataset, tmp_path, **settings))},
-        "whole": {"stage": "finetune", "config": to_dict(make_config(dataset, tmp_path / "whole", **settings))},
-    }
+    cases = [(0, "training", 0, 26), (1, "validation", 1, 10), (1, "end of an epoch", 0, 30), (-1, "save", 3, 22)]
+    jobs = {}
+    for rank, moment, zero, step in cases:  # -1: both have the signal
+        settings: dict[str, Any] = {"engine__zero_stage": zero, "finetune__epochs": 4}
+        output = tmp_path / moment
+        command = ["finetune", *arguments(dataset, output, **settings)]
+        outputs = launch(2, [SCRIPT, str(rank), moment, "SIGTERM", *command], expect=75)
+        assert all("Traceback" not in printed for printed in outputs)
+        assert_left(output / "finetune", step, "SIGTERM")
+        for name, place in ((moment, output), (f"whole {zero}", tmp_path / str(zero))):
+            jobs[name] = {"stage": "finetune", "config": to_dict(make_config(dataset, place, **settings))}
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     launch(2, [RUNS, str(tmp_path / "jobs.json")])
-    assert_same_run(tmp_path / "finetune", tmp_path / "whole" / "finetune")
+    for _, moment, zero, _ in cases:
+        assert_same_run(tmp_path / moment / "finetune", tmp_path / str(zero) / "finetune")
