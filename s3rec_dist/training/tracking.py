@@ -58,7 +58,7 @@ class Tracker:
         """Something that happened once: start, resume, checkpoint, best, stop, ..."""
 
     def finish(self, status: str = "finished") -> None:
-        """The run is over: ``finished`` or ``failed``."""
+        """The run is over: ``finished``, ``failed`` or ``preempted``."""
 
 
 class Trackers(Tracker):
@@ -255,8 +255,10 @@ class WandbTracker(Tracker):
         self._guard(lambda: self._run.log({"step": step, **metrics}))
 
     def event(self, name: str, **facts: Any) -> None:
-        if name == "best":
-            self._guard(lambda: self._run.summary.update({f"best/{key}": value for key, value in facts.items()}))
+        if name in ("best", "preempted"):
+            self._guard(lambda: self._run.summary.update({f"{name}/{key}": value for key, value in facts.items()}))
+        if name == "preempted":
+            self._guard(lambda: self._run.mark_preempting())
 
     def finish(self, status: str = "finished") -> None:
         self._guard(lambda: self._run.finish(exit_code=0 if status == "finished" else 1))
