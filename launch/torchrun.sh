@@ -10,7 +10,7 @@ nodes=${NODES:-1}                         # how many hosts
 rendezvous=${RENDEZVOUS:-localhost:29400} # one of them, the same on all, and a free port
 job=${JOB_ID:-s3rec}                      # the same on all hosts of a run
 processes=${PROCESSES:-auto}              # on each host; auto: one a GPU, or one a core without GPUs
-interface=${NETWORK_INTERFACE:-}          # of the network that connects the hosts, as in eth0; empty: NCCL and gloo choose
+interface=${NETWORK_INTERFACE:-}          # of the network that connects the hosts; empty: NCCL and gloo choose
 restarts=${MAX_RESTARTS:-3}
 binding=${NUMA_BINDING:-} # node, socket, exclusive or core-complex: each process keeps to the cores beside its GPU
 set -euo pipefail

@@ -14,12 +14,17 @@ from hosts import PATH, Hosts
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = str(Path(sys.executable).parent)
+HOSTILE = """run $(touch pwned) `touch pwned` ; touch pwned & "quoted" 'too' \\"""
+"""What no shell must read."""
+SECRET = "seeded-secret"
 ENVIRONMENT = {
     "PATH": f"{BIN}:{PATH}",
     "PYTHONPATH": str(REPOSITORY),
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "WANDB_MODE": "offline",
+    "WANDB_NOTES": HOSTILE,
+    "WANDB_API_KEY": SECRET,
 }
 
 
@@ -29,8 +34,8 @@ class Ended:
 
     statuses: list[int]
     output: str
-    ranks: dict[int, str]
-    """On which host each rank was."""
+    ranks: dict[int, dict[str, str]]
+    """Each rank's environment, and its host as ``HOST``."""
     seconds: float
     """From ``meanwhile`` returning True, or from the start, to the end of the last command and rank."""
 
@@ -51,7 +56,7 @@ def run_on(
         hosts.start(name, command, environment(name) if callable(environment) else environment, folder)
         for name, command in commands.items()
     ]
-    ranks: dict[int, str] = {}
+    ranks: dict[int, dict[str, str]] = {}
     with ThreadPoolExecutor(len(processes)) as pool:
         reading = [pool.submit(process.stdout.read) for process in processes if process.stdout is not None]
         try:

@@ -128,10 +128,10 @@ class Hosts:
                     found[int(process)] = dict(word.split("=", 1) for word in words if "=" in word)
         return found
 
-    def ranks(self) -> dict[int, str]:
-        """On which host each rank of a distributed run is at this moment."""
+    def ranks(self) -> dict[int, dict[str, str]]:
+        """The environment of each rank of a distributed run at this moment, and its host as ``HOST``."""
         return {
-            int(environment["RANK"]): name
+            int(environment["RANK"]): {**environment, "HOST": name}
             for name in self.inits
             for environment in self.processes(name).values()
             if "RANK" in environment

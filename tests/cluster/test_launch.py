@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import BIN, ENVIRONMENT, REPOSITORY, Ended, run_on
+from commands import BIN, ENVIRONMENT, HOSTILE, REPOSITORY, SECRET, Ended, run_on
 from hosts import Hosts
 from runs import arguments, events
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = ["deepspeed_hosts.sh", "torchrun.sh", "slurm.sbatch"]
-HOSTILE = """run $(touch pwned) `touch pwned` ; touch pwned & "quoted" 'too' \\"""
 
 Start = Callable[[Hosts, list[str], Path], Ended]
 
@@ -24,7 +23,7 @@ Start = Callable[[Hosts, list[str], Path], Ended]
 def over_hostfile(remote: str) -> Start:
     def start(hosts: Hosts, settings: list[str], folder: Path) -> Ended:
         environment = {**ENVIRONMENT, "HOSTFILE": str(folder / "hosts" / "hostfile"), "REMOTE": remote}
-        environment |= {"NETWORK_INTERFACE": "eth0", "WANDB_NOTES": HOSTILE}
+        environment |= {"NETWORK_INTERFACE": "eth0"}
         command = [str(LAUNCH / "deepspeed_hosts.sh"), "pretrain", *settings]
         return run_on(hosts, {"node0": command}, folder=folder, environment=environment)
 
@@ -52,7 +51,7 @@ def skypilot(hosts: Hosts, settings: list[str], folder: Path) -> Ended:
     own["OVERRIDES"] = " ".join(f"{key}={value}".replace(" ", "") for key, value in given.items())
     own |= {"NETWORK_INTERFACE": "eth0", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "1"}
     own |= {"SKYPILOT_TASK_ID": "sky-1", "SKYPILOT_NODE_IPS": "\n".join(hosts.addresses.values())}
-    environment = {**ENVIRONMENT, **{k: str(v) for k, v in task["envs"].items()}, **own}
+    environment = {**{k: str(v) for k, v in (task["envs"] | task["secrets"]).items()}, **ENVIRONMENT, **own}
     command = ["bash", "-c", task["run"]]
     return run_on(hosts, dict.fromkeys(hosts.inits, command), folder=folder, environment=environment)
 
@@ -83,11 +82,16 @@ def test_two_hosts_train_as_one_process_does(
     output = tmp_path / HOSTILE
     ended = start(hosts, arguments(dataset, output, pretrain__epochs=1, engine__zero_stage=1), tmp_path)
     assert not any(ended.statuses), ended.output
-    assert ended.ranks == {0: "node0", 1: "node1"}
+    assert [ended.ranks[rank]["HOST"] for rank in (0, 1)] == ["node0", "node1"]
+    for environment in ended.ranks.values():
+        assert environment["NCCL_SOCKET_IFNAME"] == environment["GLOO_SOCKET_IFNAME"] == "eth0"
+        assert environment["WANDB_NOTES"] == HOSTILE and environment["WANDB_API_KEY"] == SECRET
     (began,) = events(output / "pretrain", "start")
     assert began["processes"] == 2
     assert farthest(output / "pretrain") < 1e-6
     assert not list(tmp_path.rglob("pwned")), "a shell ran a value"
+    assert SECRET not in ended.output
+    assert not [f for f in tmp_path.rglob("*") if f.is_file() and SECRET.encode() in f.read_bytes()]
     assert not list(tmp_path.glob(".s3rec-*")), "the launcher leaves files behind"
 
 

@@ -43,7 +43,9 @@ def test_four_hosts_of_a_hostfile_train_as_one_process_does(
         environment={**ENVIRONMENT, "DS_ENV_FILE": str(variables)},
     )
     assert ended.statuses == [0], ended.output
-    assert ended.ranks == {rank: f"node{rank}" for rank in range(4)}
+    assert {rank: environment["HOST"] for rank, environment in ended.ranks.items()} == {
+        rank: f"node{rank}" for rank in range(4)
+    }
     assert farthest(tmp_path / "run" / "pretrain") < 1e-6
 
 
