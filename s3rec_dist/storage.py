@@ -143,11 +143,6 @@ class Storage:
     def sha256(self, url: str) -> str:
         """SHA-256 of a file, read in blocks."""
         digest = hashlib.sha256()
-        if self.local(url) is not None:
-            with self.open(url) as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            return digest.hexdigest()
         for block in self._blocks(url):
             digest.update(block)
         return digest.hexdigest()

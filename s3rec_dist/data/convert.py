@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -25,7 +23,7 @@ import pyarrow as pa
 from s3rec_dist import __version__
 from s3rec_dist.data.dataset import Dataset, Manifest, Sequences, new_manifest
 from s3rec_dist.data.formats import SHARD_SCHEMA, Format, write_shards
-from s3rec_dist.data.output import Progress, dataset_output
+from s3rec_dist.data.output import Progress, clean_up_on_sigterm, dataset_output, progress_on_stderr
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
 
 READ_AHEAD = 8
@@ -192,11 +190,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """``s3rec convert``: progress on stderr, a line on stdout."""
     begin = time.monotonic()
-
-    def progress(line: str) -> None:
-        print(f"[{time.monotonic() - begin:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that scratch files are removed
+    progress = progress_on_stderr()
+    clean_up_on_sigterm()
     storage = storage_of(args)
     manifest = convert(
         Dataset.open(args.dataset, storage, revision=args.revision),

@@ -547,10 +547,7 @@ class Dataset:
 
     def item_attributes(self) -> ItemAttributes:
         """Attribute ids of every item id, padding and mask included."""
-        lists = self._items.column("attributes").combine_chunks()
-        offsets = lists.offsets.to_numpy().astype(np.int64)
-        values = lists.values.slice(offsets[0], offsets[-1] - offsets[0]).to_numpy(zero_copy_only=False)
-        offsets -= offsets[0]
+        values, offsets = _ragged(self._items.column("attributes"))
         if len(values) and not (values.min() >= 1 and values.max() <= self.n_attributes):
             raise DatasetError(
                 f"{self.file('items.parquet')}: attribute ids must lie in 1..{self.n_attributes}, "
@@ -812,7 +809,7 @@ def _has_nulls(table: pa.Table) -> bool:
 
 def _ragged(column: Any) -> tuple[np.ndarray, np.ndarray]:
     """(values end to end, offsets int64) of a list column."""
-    lists = pa.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
+    lists = column.combine_chunks()
     offsets = lists.offsets.to_numpy().astype(np.int64)
     values = lists.values.slice(offsets[0], offsets[-1] - offsets[0]).to_numpy(zero_copy_only=False)
     return values, offsets - offsets[0]

@@ -12,7 +12,6 @@ import argparse
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from s3rec_dist.config import Config
 from s3rec_dist.data.dataset import Dataset, DatasetError, Index, ItemAttributes, Shard
 from s3rec_dist.data.formats import add_contents, content_of
 from s3rec_dist.data.order import stage_spec
-from s3rec_dist.data.output import Progress
+from s3rec_dist.data.output import Progress, progress_on_stderr
 from s3rec_dist.storage import DamagedFile, add_storage_argument, storage_of
 
 Facts = dict[str, Any]
@@ -370,11 +369,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """``s3rec inspect``: the facts on stdout, and as JSON where asked for; status 1 where something is wrong."""
-    begin = time.monotonic()
-
-    def progress(line: str) -> None:
-        print(f"[{time.monotonic() - begin:6.1f} s] {line}", file=sys.stderr, flush=True)
-
+    progress = progress_on_stderr()
     storage = storage_of(args)
     facts = inspect(Dataset.open(args.dataset, storage, revision=args.revision), verify=args.verify, progress=progress)
     print(format_facts(facts))

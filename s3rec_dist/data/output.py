@@ -12,7 +12,10 @@ import os
 import re
 import secrets
 import shutil
+import signal
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +28,21 @@ Progress = Callable[[str], None]
 
 _NAMES = re.compile(r"manifest\.json|manifests|shards|v[0-9]+|g[0-9a-f]{8}|(index|items|attributes|leftover)\.parquet")
 """What a dataset's folder holds."""
+
+
+def progress_on_stderr() -> Progress:
+    """Lines on stderr, each with the seconds since this call."""
+    start = time.monotonic()
+
+    def progress(line: str) -> None:
+        print(f"[{time.monotonic() - start:6.1f} s] {line}", file=sys.stderr, flush=True)
+
+    return progress
+
+
+def clean_up_on_sigterm() -> None:
+    """SIGTERM ends the process by SystemExit, so that scratch files are removed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 class OutputError(ValueError):

@@ -22,8 +22,6 @@ import glob
 import math
 import os
 import shutil
-import signal
-import sys
 import tempfile
 import time
 import typing
@@ -36,7 +34,7 @@ from s3rec_dist.data import plan
 from s3rec_dist.data.dataset import MIN_SEQUENCE, SAMPLE_END_BITS, DatasetError, Manifest, new_manifest
 from s3rec_dist.data.engines import DuckDB, Engine, EngineError, Layout, engine_errors
 from s3rec_dist.data.formats import Format
-from s3rec_dist.data.output import OutputError, Progress, dataset_output
+from s3rec_dist.data.output import OutputError, Progress, clean_up_on_sigterm, dataset_output, progress_on_stderr
 from s3rec_dist.data.plan import WHOLE_HISTORIES, BadRows, PrepareError
 from s3rec_dist.data.sources import Columns, RecBole, S3RecPair, Source, SourceError, Table, WebDatasetTars
 from s3rec_dist.storage import Storage, StorageError, add_storage_argument, storage_of
@@ -362,11 +360,8 @@ def run(args: argparse.Namespace) -> None:
     if "attribute_fields" in values:
         values["attribute_fields"] = tuple(values["attribute_fields"])
     start = time.monotonic()
-
-    def progress(line: str) -> None:
-        print(f"[{time.monotonic() - start:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that scratch files are removed
+    progress = progress_on_stderr()
+    clean_up_on_sigterm()
     if args.append:
         from s3rec_dist.data.append import append
 

@@ -42,8 +42,6 @@ import math
 import os
 import shlex
 import shutil
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -55,6 +53,7 @@ import pyarrow as pa
 
 from s3rec_dist import __version__
 from s3rec_dist.data.formats import parquet_writer, put_in_place, sync_file
+from s3rec_dist.data.output import clean_up_on_sigterm, progress_on_stderr
 from s3rec_dist.hashing import hash64, key_of, uniform_below
 
 EVENTS_SCHEMA = pa.schema([("user_id", pa.int32()), ("item_id", pa.int32()), ("timestamp", pa.int64())])
@@ -381,12 +380,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """``s3rec synth``: progress on stderr, a summary on stdout. Raises :class:`SynthError`."""
     settings = SynthSettings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(SynthSettings)})
-    start = time.monotonic()
-
-    def progress(line: str) -> None:
-        print(f"[{time.monotonic() - start:6.1f} s] {line}", file=sys.stderr, flush=True)
-
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that scratch files are removed
+    progress = progress_on_stderr()
+    clean_up_on_sigterm()
     print(summary(write(settings, progress), settings.output))
 
 
