@@ -138,7 +138,8 @@ class ModelConfig:
     position_alignment: Literal["end", "start"] = "end"
     """``end``: the newest item always sits at the last position (the paper); ``start``: the oldest at the first."""
     attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
-    """Attention backend; ``auto`` picks the fastest for the device."""
+    """Backend of attention and of the operators around it, which have only ``triton`` and plain PyTorch; ``auto``
+    picks the fastest for the device."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "layers", "heads", "inner_size", "max_length"):

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from s3rec_dist.hashing import hash64
-from s3rec_dist.kernels.masked_attention import BACKENDS, masked_attention
+from s3rec_dist.kernels.backends import BACKENDS
+from s3rec_dist.kernels.masked_attention import masked_attention
 
 BEAUTY_PREFIXES = [
     *(22363, 22363, 22363, 15201, 10980, 8300, 6489, 5123, 4242, 3547, 2989, 2550, 2189, 1927, 1720, 1507, 1366),

@@ -7,7 +7,6 @@ where that is above 1.
 from __future__ import annotations
 
 import itertools
-import re
 from dataclasses import replace
 
 import pytest
@@ -18,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3rec_dist.hashing import hash64, keep_mask
-from s3rec_dist.kernels.masked_attention import BACKENDS, choose_backend, explain_backend, masked_attention
+from s3rec_dist.kernels.backends import BACKENDS
+from s3rec_dist.kernels.masked_attention import masked_attention
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
 """fp32: a few roundings of sums of up to 300 terms. bf16: scores, probabilities and their gradients are each rounded
@@ -448,60 +448,6 @@ def test_the_call_that_the_refused_ones_change_is_right() -> None:
 def test_tensors_that_do_not_fit_are_refused_with_what_was_expected(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(**changes)
-
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-
-
-def test_auto_is_the_fast_path_of_the_device_and_says_why() -> None:
-    assert explain_backend("auto", CPU, torch.float32, 32) == ("sdpa", "the fast path on a CPU")
-    x = torch.randn(8, 2, 16)
-    assert torch.equal(call(q=x, k=x, v=x), call(q=x, k=x, v=x, backend="sdpa"))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_backend_that_is_asked_for_is_taken(backend: str) -> None:
-    assert explain_backend(backend, CPU, torch.float64, 7) == (backend, "asked for")
-
-
-@pytest.mark.parametrize(
-    ("installed", "capability", "dtype", "head_size", "obstacle"),
-    [
-        (True, (9, 0), torch.bfloat16, 64, None),
-        (True, (8, 0), torch.float32, 16, None),
-        (False, (9, 0), torch.bfloat16, 64, "needs the package triton, which is not installed"),
-        (True, (9, 0), torch.float64, 64, "takes float32, float16, bfloat16, not torch.float64"),
-        (True, (9, 0), torch.bfloat16, 48, "takes head sizes 16, 32, 64, 128, not 48"),
-        (True, (7, 5), torch.float16, 64, "needs a device of compute capability 8.0 or above"),
-    ],
-)
-def test_on_a_gpu_auto_is_triton_where_it_can_be_and_asking_for_it_elsewhere_is_an_error(
-    monkeypatch: pytest.MonkeyPatch,
-    installed: bool,
-    capability: tuple[int, int],
-    dtype: torch.dtype,
-    head_size: int,
-    obstacle: str | None,
-) -> None:
-    monkeypatch.setattr("s3rec_dist.kernels.masked_attention._HAS_TRITON", installed)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    auto = explain_backend("auto", CUDA, dtype, head_size)
-    if obstacle is None:
-        assert auto == ("triton", "the fast path on a GPU")
-        assert choose_backend("triton", CUDA, dtype, head_size) == "triton"
-    else:
-        assert auto == ("sdpa", f"triton {obstacle}")
-        with pytest.raises(ValueError, match=re.escape(f"backend='triton' {obstacle}; use reference or sdpa")):
-            choose_backend("triton", CUDA, dtype, head_size)
-
-
-def test_on_a_cpu_triton_only_runs_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("s3rec_dist.kernels.masked_attention._HAS_TRITON", True)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose_backend("triton", CPU, torch.float32, 32) == "triton"
-    monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(ValueError, match="needs a CUDA device, or the environment variable TRITON_INTERPRET=1"):
-        call(backend="triton")
 
 
 # On a GPU

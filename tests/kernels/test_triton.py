@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from s3rec_dist.hashing import hash64
-from s3rec_dist.kernels.masked_attention import TRITON_HEAD_SIZES, masked_attention
+from s3rec_dist.kernels.backends import TRITON_HEAD_SIZES
+from s3rec_dist.kernels.masked_attention import masked_attention
 
 triton = pytest.importorskip("triton", reason="needs the package triton")
 

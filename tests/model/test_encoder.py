@@ -14,7 +14,7 @@ from torch import nn
 
 from s3rec_dist.config import ModelConfig
 from s3rec_dist.hashing import hash64
-from s3rec_dist.kernels.masked_attention import BACKENDS
+from s3rec_dist.kernels.backends import BACKENDS
 from s3rec_dist.model import S3Rec
 from s3rec_dist.model.dropout import DropoutKeys
 from s3rec_dist.model.encoder import Block, Queries, position_ids

@@ -6,20 +6,11 @@ One contract, several backends (see README.md beside this file): ``reference`` i
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import torch
 
+from s3rec_dist.kernels.backends import choose_backend
 from s3rec_dist.kernels.masked_attention.reference import reference_attention
 from s3rec_dist.kernels.masked_attention.sdpa import sdpa_attention
-
-BACKENDS = ("reference", "sdpa")
-"""Those that run on every device and take every head size; ``triton`` is the third one."""
-
-TRITON_HEAD_SIZES = (16, 32, 64, 128)
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def masked_attention(
@@ -84,47 +75,6 @@ def masked_attention(
         attention = {"reference": reference_attention, "sdpa": sdpa_attention}[name]
     keys = dropout_keys if dropout_p else None
     return attention(q, k, v, cu_seqlens, cu_seqlens_q, max_seqlen, causal, key_valid, dropout_p, keys, scale)
-
-
-def choose_backend(wanted: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str:
-    """The backend for such tensors: the one that is wanted, or for ``auto`` the fastest that takes them.
-
-    Raises ValueError for a wanted one that is unknown or does not take them.
-    """
-    return explain_backend(wanted, device, dtype, head_size)[0]
-
-
-def explain_backend(wanted: str, device: torch.device, dtype: torch.dtype, head_size: int) -> tuple[str, str]:
-    """:func:`choose_backend`, and why, for people to read."""
-    if wanted in BACKENDS:
-        return wanted, "asked for"
-    if wanted not in ("auto", "triton"):
-        raise ValueError(f"backend={wanted!r}: expected auto, {', '.join(BACKENDS)}, triton")
-    obstacle = _triton_obstacle(device, dtype, head_size)
-    if wanted == "triton":
-        if obstacle:
-            raise ValueError(f"backend='triton' {obstacle}; use {' or '.join(BACKENDS)}")
-        return wanted, "asked for"
-    if device.type == "cpu":
-        return "sdpa", "the fast path on a CPU"
-    return ("sdpa", f"triton {obstacle}") if obstacle else ("triton", "the fast path on a GPU")
-
-
-def _triton_obstacle(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
-    """What keeps the Triton kernels from such tensors, to be read after their name."""
-    if not _HAS_TRITON:
-        return "needs the package triton, which is not installed"
-    if dtype not in TRITON_DTYPES:
-        return f"takes {', '.join(str(t).removeprefix('torch.') for t in TRITON_DTYPES)}, not {dtype}"
-    if head_size not in TRITON_HEAD_SIZES:
-        return f"takes head sizes {', '.join(map(str, TRITON_HEAD_SIZES))}, not {head_size}"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "needs a CUDA device, or the environment variable TRITON_INTERPRET=1 to be interpreted on a CPU"
-    if device.type not in ("cpu", "cuda"):
-        return f"runs on CUDA, not on {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs a device of compute capability 8.0 or above"
-    return None
 
 
 def _check_flags(name: str, flags: torch.Tensor, count: int, what: str) -> None:
