@@ -13,21 +13,15 @@ queries, and ``backward_dkdv``, by tiles of keys. Each number is written by one 
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from s3rec_dist import hashing
+from s3rec_dist.kernels.triton_common import dot, hash64
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 NO_KEY = tl.constexpr(float("-inf"))
-GOLDEN = tl.constexpr(hashing.GOLDEN)
-MULTIPLIER_1 = tl.constexpr(hashing._MULTIPLIER_1)
-MULTIPLIER_2 = tl.constexpr(hashing._MULTIPLIER_2)
-LOW_32 = tl.constexpr(hashing._LOW_32)
 HEAD_STRIDE = tl.constexpr(1 << 32)
 
 COUNTS = ["queries", "sequences", "stretch"]
@@ -92,7 +86,7 @@ def forward(
         is_key = _keys(columns, stop, batch)
         key = _load(k, columns, is_key, head, D)
         value = _load(v, columns, is_key, head, D)
-        scores = _dot(query, tl.trans(key)) * (batch.scale * LOG2E)
+        scores = dot(query, tl.trans(key)) * (batch.scale * LOG2E)
         scores = tl.where(_allowed(first, limit, columns, is_key), scores, NO_KEY)
         higher = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(higher == NO_KEY, 0.0, higher)
@@ -101,7 +95,7 @@ def forward(
         total = total * shrink + tl.sum(weights, 1)
         if batch.dropout_keys is not None:
             weights = tl.where(_kept(row_hash, first, columns, start, batch), weights, 0.0)
-        mixed = mixed * shrink[:, None] + _dot(weights.to(value.dtype), value)
+        mixed = mixed * shrink[:, None] + dot(weights.to(value.dtype), value)
         top = higher
     total = tl.where(total > 0, total, 1.0)  # a row without any key gives zeros
     mixed *= (batch.keep_scale / total)[:, None]
@@ -150,9 +144,9 @@ def backward(
     )
     delta = tl.sum(weights * grad_weights, 1)
     grad_scores = (weights * (grad_weights - delta[:, None]) * batch.scale).to(query.dtype)
-    _store(dq, rows, is_query, head, _dot(grad_scores, key), D)
-    _store(dk, columns, columns < column_stop, head, _dot(tl.trans(grad_scores), query), D)
-    _store(dv, columns, columns < column_stop, head, _dot(tl.trans(used.to(grad.dtype)), grad), D)
+    _store(dq, rows, is_query, head, dot(grad_scores, key), D)
+    _store(dk, columns, columns < column_stop, head, dot(tl.trans(grad_scores), query), D)
+    _store(dv, columns, columns < column_stop, head, dot(tl.trans(used.to(grad.dtype)), grad), D)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -194,7 +188,7 @@ def backward_dq(
             query, key, value, grad, row_lse, first, limit, columns, is_key, row_hash, start, batch
         )
         grad_scores = weights * (grad_weights - row_delta[:, None]) * batch.scale
-        grad_query += _dot(grad_scores.to(key.dtype), key)
+        grad_query += dot(grad_scores.to(key.dtype), key)
     _store(dq, rows, is_query, head, grad_query, D)
 
 
@@ -246,8 +240,8 @@ def backward_dkdv(
             query, key, value, grad, row_lse, first, limit, columns, is_key, row_hash, start, batch
         )
         grad_scores = weights * (grad_weights - row_delta[:, None]) * batch.scale
-        grad_key += _dot(tl.trans(grad_scores.to(query.dtype)), query)
-        grad_value += _dot(tl.trans(used.to(grad.dtype)), grad)
+        grad_key += dot(tl.trans(grad_scores.to(query.dtype)), query)
+        grad_value += dot(tl.trans(used.to(grad.dtype)), grad)
     _store(dk, columns, columns < keys, head, grad_key, D)
     _store(dv, columns, columns < keys, head, grad_value, D)
 
@@ -268,9 +262,9 @@ def _weights(
     batch: Batch,
 ) -> tl.tensor:
     """Of a tile: the probabilities, their gradients, and the probabilities after dropout."""
-    scores = _dot(query, tl.trans(key)) * (batch.scale * LOG2E)
+    scores = dot(query, tl.trans(key)) * (batch.scale * LOG2E)
     weights = tl.where(_allowed(first, limit, columns, is_key), tl.exp2(scores - lse[:, None]), 0.0)
-    grad_weights = _dot(grad, tl.trans(value))
+    grad_weights = dot(grad, tl.trans(value))
     used = weights
     if batch.dropout_keys is not None:
         kept = _kept(row_hash, first, columns, start, batch)
@@ -292,7 +286,7 @@ def _queries(rows: tl.tensor, stop: tl.tensor, head: tl.tensor, batch: Batch, se
     row_hash = rows.to(tl.int64)
     if batch.dropout_keys is not None:
         counter = (after - 1 - first).to(tl.int64) + head.to(tl.int64) * HEAD_STRIDE
-        row_hash = _hash(tl.load(batch.dropout_keys + sequence), counter)
+        row_hash = hash64(tl.load(batch.dropout_keys + sequence), counter)
     if batch.causal_each is not None:
         limit = tl.where(tl.load(batch.causal_each + sequence) != 0, after, limit)
     elif batch.CAUSAL:
@@ -339,20 +333,12 @@ def _kept(row_hash: tl.tensor, first: tl.tensor, columns: tl.tensor, start: tl.t
 def _bits(row_hash: tl.tensor, base: tl.tensor, batch: Batch) -> tl.tensor:
     """A word for each row, int64: bit c is set if key position ``base + c`` is kept, see ``hashing.keep_mask``."""
     group = tl.arange(0, batch.BITS // 4)[None, :]
-    lanes = _hash(row_hash[:, None], ((base >> 2)[:, None] + group).to(tl.int64))  # four to a number
+    lanes = hash64(row_hash[:, None], ((base >> 2)[:, None] + group).to(tl.int64))  # four to a number
     bits = lanes * 0
     for lane in tl.static_range(4):
         kept = ((lanes << (48 - 16 * lane)) >> 48) >= batch.threshold
         bits |= kept.to(tl.int64) << (4 * group + lane).to(tl.int64)
     return tl.sum(bits, 1)
-
-
-@triton.jit
-def _hash(key: tl.tensor, counter: tl.tensor) -> tl.tensor:
-    """``hashing.hash64``, for an int64 counter."""
-    x = (key + counter * GOLDEN) * MULTIPLIER_1
-    x = (x ^ ((x >> 32) & LOW_32)) * MULTIPLIER_2
-    return x ^ ((x >> 32) & LOW_32)
 
 
 @triton.jit
@@ -377,12 +363,3 @@ def _load(x: Packed, rows: tl.tensor, wanted: tl.tensor, head: tl.tensor, D: tl.
 def _store(x: Packed, rows: tl.tensor, wanted: tl.tensor, head: tl.tensor, values: tl.tensor, D: tl.constexpr) -> None:
     at = rows.to(tl.int64)[:, None] * x.token_stride + head * x.head_stride + tl.arange(0, D)[None, :]
     tl.store(x.data + at, values.to(x.data.dtype.element_ty), mask=wanted[:, None])
-
-
-@triton.jit
-def _dot(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    """In fp32. The interpreter's own product of bf16 is wrong."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a, b, input_precision="ieee")
