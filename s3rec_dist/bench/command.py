@@ -123,7 +123,7 @@ def _reconstruct(config: Config, dataset: Dataset, world: World, args: argparse.
     stream = task.stream(world)
     try:
         batches = _endless(stream)
-        ready = [next(batches).to(world.device) for _ in range(args.steps)]
+        ready = list(islice(batches, args.steps))
         size = sum(len(packed) for packed in ready)
 
         def reconstruct() -> None:
@@ -132,7 +132,7 @@ def _reconstruct(config: Config, dataset: Dataset, world: World, args: argparse.
 
         def stream_and_reconstruct() -> None:
             for packed in islice(batches, args.steps):
-                task.batch(packed.to(world.device), 0)
+                task.batch(packed, 0)
 
         measured = {"samples/s": reconstruct, "samples/s streamed": stream_and_reconstruct}
         return {name: _repeat(call, size, world, args) for name, call in measured.items()}
@@ -154,7 +154,6 @@ def _train(stage: StageName) -> Callable[..., Figures]:
                 nonlocal samples, tokens
                 samples = tokens = 0
                 for step, packed in enumerate(islice(batches, args.steps)):
-                    packed = packed.to(world.device)
                     parts = packed.split(task.stage.gradient_accumulation)
                     engine.step(
                         [task.batch(part, 0) for part in parts],

@@ -2,7 +2,8 @@
 
 Everything here is vectorised torch on the tensors' own device and stateless: a sample's masks, negatives
 and segments are hashes of (key, sample id, position), where the key folds seed and epoch. So a sample is
-reconstructed alike in any batch, on any rank and on any device.
+reconstructed alike in any batch, on any rank and on any device. A GPU is not waited for: what sizes depend on the
+draws, :func:`pretrain_sizes` counts on the host before the batch leaves it.
 
 For a sample of n items, as in the reference implementation: every item but the last is masked with
 ``mask_ratio``, the last always; each masked position gets one negative, uniform over the items that are
@@ -13,10 +14,10 @@ item has no segment: its three segment sequences are the sample itself.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from s3rec_dist.data.stream import PackedSequences
 from s3rec_dist.hashing import GOLDEN, hash64, mix, uniform_below
@@ -69,14 +70,39 @@ class FinetuneBatch:
         return len(self.sample_keys)
 
 
+@dataclass(frozen=True)
+class PretrainSizes:
+    """The sizes in a :class:`PretrainBatch` that depend on its draws."""
+
+    masked: int
+    """Masked places."""
+    inside: int
+    """Places in segments."""
+
+
+def pretrain_sizes(packed: PackedSequences, *, mask_ratio: float, key: int) -> PretrainSizes:
+    """The sizes that :func:`pretrain_batch` comes to."""
+    layout = _Layout(packed.offsets.long(), len(packed.items))
+    token_bits, length_bits = layout.draws(hash64(packed.sample_ids, key), 1)
+    length = _segment_lengths(length_bits, layout.lengths >> 1)
+    return PretrainSizes(int(_is_masked(token_bits, layout, mask_ratio).sum()), int(length.sum()))
+
+
 def pretrain_batch(
-    packed: PackedSequences, *, n_items: int, segment_pool: torch.Tensor, mask_ratio: float, key: int
+    packed: PackedSequences,
+    *,
+    n_items: int,
+    segment_pool: torch.Tensor,
+    mask_ratio: float,
+    key: int,
+    sizes: PretrainSizes | None = None,
 ) -> PretrainBatch:
     """Reconstructs the pretraining samples of ``packed``; see the module's docstring.
 
     ``segment_pool`` is int32 [P] item ids on the device of ``packed``, at least half as long as any sample;
-    ``key`` comes from ``hashing.key_of(seed, epoch)``. Raises ValueError for a shorter pool, or where a sample
-    holds every item of the catalogue and so has no negative.
+    ``key`` comes from ``hashing.key_of(seed, epoch)``; ``sizes`` from :func:`pretrain_sizes`, else they are read from
+    the device. Raises ValueError for a shorter pool, or where a sample holds every item of the catalogue and so has no
+    negative.
     """
     mask_id = n_items + 1
     items, offsets = packed.items, packed.offsets.long()
@@ -84,20 +110,18 @@ def pretrain_batch(
     keys = hash64(packed.sample_ids, key)
     token_bits, length_bits, start_bits, pool_bits = layout.draws(keys, 3)
 
-    # The word's size decides the mask and its remainder the negative: independent for any n_items.
-    is_masked = token_bits >> 1 < round(mask_ratio * 2**63) - 2**62
-    is_masked.index_fill_(0, offsets[1:] - 1, True)
-    masked = is_masked.nonzero().squeeze(1)
-    unmasked = is_masked.logical_not().nonzero().squeeze(1)
+    is_masked = _is_masked(token_bits, layout, mask_ratio)
+    masked = _places(is_masked, sizes and sizes.masked)
+    unmasked = _places(is_masked.logical_not(), sizes and len(items) - sizes.masked)
     negatives = _negatives(token_bits.index_select(0, masked), masked, items, layout, n_items, packed.max_length)
 
     half = layout.lengths >> 1
     if 2 * len(segment_pool) < packed.max_length and bool((half > len(segment_pool)).any()):
         raise ValueError(f"segment_pool holds {len(segment_pool)} items; segments have up to {int(half.max())}")
-    length = torch.minimum(uniform_below(length_bits, half.clamp(min=1)) + 1, half)  # 0 for a sample of one item
+    length = _segment_lengths(length_bits, half)
     begin = layout.begins + uniform_below(start_bits, layout.lengths - length + 1)
     pool_begin = uniform_below(pool_bits, len(segment_pool) + 1 - length)
-    sample = torch.repeat_interleave(length)  # [S], of the S items that lie in segments
+    sample = torch.repeat_interleave(length, output_size=sizes and sizes.inside)  # [S], of the S items that lie in segments
     segment = (begin + length - length.cumsum(0)).index_select(0, sample)
     segment += torch.arange(len(sample), device=items.device)  # [S], their places in 0..T-1
     pool_index = segment + (pool_begin - begin).index_select(0, sample)
@@ -129,9 +153,8 @@ def finetune_batch(packed: PackedSequences, *, n_items: int, key: int) -> Finetu
     items, offsets = packed.items, packed.offsets.long()
     layout = _Layout(offsets, len(items))
     keys = hash64(packed.sample_ids, key)
-    is_input = torch.ones(len(items), dtype=torch.bool, device=items.device)
-    is_input.index_fill_(0, offsets[1:] - 1, False)
-    inputs = is_input.nonzero().squeeze(1)
+    inputs = torch.repeat_interleave(layout.lengths - 1, output_size=len(items) - len(packed))  # [T - B]: sequences,
+    inputs += torch.arange(len(inputs), device=items.device)  # and then places in 0..T-1
     (bits,) = layout.draws(keys)
     return FinetuneBatch(
         items=items.index_select(0, inputs),
@@ -164,7 +187,21 @@ class _Layout:
         return bits.split([len(tokens)] + [len(keys)] * per_sample)
 
 
-_BUCKETS = 256
+def _is_masked(bits: torch.Tensor, layout: _Layout, mask_ratio: float) -> torch.Tensor:
+    """bool [T]. A word's size decides the mask and its remainder the negative: independent for any n_items."""
+    is_masked = bits >> 1 < round(mask_ratio * 2**63) - 2**62
+    return is_masked.index_fill_(0, layout.begins + layout.lengths - 1, True)
+
+
+def _segment_lengths(bits: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
+    """int64 [B], uniform in 1..half; 0 for a sample of one item."""
+    return torch.minimum(uniform_below(bits, half.clamp(min=1)) + 1, half)
+
+
+def _places(chosen: torch.Tensor, count: int | None) -> torch.Tensor:
+    """Where ``chosen`` is True, ascending; that is so ``count`` times."""
+    found = chosen.nonzero() if count is None else torch.nonzero_static(chosen, size=count)
+    return found.squeeze(1)
 
 
 def _negatives(
@@ -172,14 +209,34 @@ def _negatives(
 ) -> torch.Tensor:
     """For each of the M ``places`` (tokens), an item uniform over those not in its sample, int32 [M].
 
-    A draw that is in the sample is drawn again. Which samples have an item of the draw's residue is looked
-    up in a table first, so that few draws are held against every item of their sample.
+    It is drawn from all items, and if it is in the sample, once more, from the others by their number.
     """
     if max_length >= n_items:
         _check_catalogue(items, layout, n_items)
     drawn = uniform_below(bits, n_items).int() + 1
-    if not len(items):
-        return drawn
+    if len(items):
+        redraw = _redraw_few if items.device.type == "cpu" else _redraw
+        redraw(drawn, bits, places, items, layout, n_items, max_length)
+    return drawn
+
+
+_BUCKETS = 256
+
+
+def _redraw_few(
+    drawn: torch.Tensor,
+    bits: torch.Tensor,
+    places: torch.Tensor,
+    items: torch.Tensor,
+    layout: _Layout,
+    n_items: int,
+    max_length: int,
+) -> None:
+    """:func:`_redraw` where reading is free: only samples of a draw that clashes are looked at.
+
+    Which samples have an item of the draw's residue is looked up in a table first, so that few draws are held against
+    every item of their sample.
+    """
     row = layout.sequence * _BUCKETS
     seen = torch.zeros(len(layout.lengths) * _BUCKETS, dtype=torch.bool, device=items.device)
     seen.index_fill_(0, row + (items & (_BUCKETS - 1)), True)
@@ -189,14 +246,51 @@ def _negatives(
     begins, last = layout.begins.index_select(0, sequence), layout.lengths.index_select(0, sequence) - 1
     column = torch.arange(max_length, device=items.device)
     own = items.take(begins[:, None] + torch.minimum(column, last[:, None]))  # [suspects, max_length]
-    for attempt in itertools.count(1):
-        clash = (own == drawn.index_select(0, suspect)[:, None]).any(1).nonzero().squeeze(1)
-        if not len(clash):
-            break
-        suspect, own = suspect.index_select(0, clash), own.index_select(0, clash)
-        again = uniform_below(hash64(bits.index_select(0, suspect), attempt), n_items).int() + 1
-        drawn.index_copy_(0, suspect, again)
-    return drawn
+    clash = (own == drawn.index_select(0, suspect)[:, None]).any(1).nonzero().squeeze(1)
+    if not len(clash):
+        return
+    suspect, own = suspect.index_select(0, clash), own.index_select(0, clash).sort(1).values
+    is_new = F.pad(own.diff(dim=1) != 0, (1, 0), value=True)
+    distinct = is_new.cumsum(1)
+    number = _number(bits.index_select(0, suspect), n_items - distinct[:, -1])
+    below = ((own - distinct < number[:, None]) & is_new).sum(1)
+    drawn.index_copy_(0, suspect, (number + below).int())
+
+
+def _redraw(
+    drawn: torch.Tensor,
+    bits: torch.Tensor,
+    places: torch.Tensor,
+    items: torch.Tensor,
+    layout: _Layout,
+    n_items: int,
+    max_length: int,
+) -> None:
+    """Replaces, in place, those of ``drawn`` [M] that are in their sample.
+
+    The n-th item outside of a sample, from 1, is n + j for the j different items of the sample below it: those whose
+    id, less the count of the sample's items up to it, is less than n. In order of id these differences never fall.
+    """
+    span = n_items + 2  # samples' items lie apart in one ascending table
+    ordered = (layout.sequence * span + items).sort().values
+    is_new = F.pad(ordered.diff() != 0, (1, 0), value=True)
+    distinct = F.pad(is_new.cumsum(0), (1, 0))  # [T + 1]: different ones before each place
+    before = distinct.index_select(0, layout.begins)  # [B]
+    count = distinct.index_select(0, layout.begins + layout.lengths) - before  # [B]
+    sequence = layout.sequence.index_select(0, places)
+    start = sequence * span
+    at = torch.searchsorted(ordered, start + drawn).clamp_(max=len(ordered) - 1)
+    clashes = ordered.index_select(0, at) == start + drawn
+    number = _number(bits, n_items - count.index_select(0, sequence))
+    differences = ordered - distinct[1:] + before.index_select(0, layout.sequence)
+    below = distinct.index_select(0, torch.searchsorted(differences, start + number))
+    other = number + below - before.index_select(0, sequence)
+    drawn.copy_(torch.where(clashes, other, drawn))
+
+
+def _number(bits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Which of the ``others`` items outside of a sample is drawn next, from 1."""
+    return uniform_below(hash64(bits, 1), others) + 1
 
 
 def _check_catalogue(items: torch.Tensor, layout: _Layout, n_items: int) -> None:

@@ -24,7 +24,7 @@ import s3rec_dist
 from s3rec_dist.config import Config, ConfigError, PretrainConfig, StageConfig, to_dict, to_yaml
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.order import stage_spec
-from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, finetune_batch, pretrain_batch
+from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, finetune_batch, pretrain_batch, pretrain_sizes
 from s3rec_dist.data.stream import PackedSequences, Stream
 from s3rec_dist.evaluation import evaluate
 from s3rec_dist.hashing import key_of
@@ -123,16 +123,19 @@ class Task:
         )
 
     def batch(self, packed: PackedSequences, epoch: int) -> PretrainBatch | FinetuneBatch:
-        """The samples of ``packed``, which lies on the device, as they are in this epoch."""
+        """The samples of ``packed``, which is on the host, as they are in this epoch, on the device."""
         key = key_of(self.config.seed, _STAGE_KEYS[self.name], epoch)
         if self.name == "finetune":
-            return finetune_batch(packed, n_items=self.dataset.n_items, key=key)
+            return finetune_batch(packed.to(self.device), n_items=self.dataset.n_items, key=key)
+        mask_ratio = self.config.pretrain.mask_ratio
+        on_cpu = self.device.type == "cpu"
         return pretrain_batch(
-            packed,
+            packed.to(self.device),
             n_items=self.dataset.n_items,
             segment_pool=self._segment_pool,
-            mask_ratio=self.config.pretrain.mask_ratio,
+            mask_ratio=mask_ratio,
             key=key,
+            sizes=None if on_cpu else pretrain_sizes(packed, mask_ratio=mask_ratio, key=key),
         )
 
     def losses(self, model: S3Rec, batch: Any, dropout_seed: int | None) -> Losses:
@@ -319,7 +322,6 @@ class _Training:
         for in_epoch in range(first, self.steps_per_epoch):
             with self.meter.waiting():
                 packed = next(batches)
-            packed = packed.to(self.world.device)
             rate = learning_rate(stage, self.step, self.total_steps)
             is_logged = (self.step + 1) % stage.log_every_steps == 0 or self.step + 1 == self.total_steps
             result = self.engine.step(
@@ -405,7 +407,7 @@ class _Training:
         own = self.task.count(packed)
         if self.world.size == 1:
             return max(own, 1)
-        total = torch.tensor(float(own), device=self.world.device)
+        total = torch.full((), float(own), device=self.world.device)
         dist.all_reduce(total)
         return total.clamp(min=1)
 

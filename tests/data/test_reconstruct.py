@@ -107,10 +107,13 @@ def hashed(key: int, counter: int) -> int:
 
 
 def plain_negative(bits: int, sample: Sequence[int], n_items: int) -> int:
-    attempt, item = 0, bits % n_items + 1
-    while item in sample:
-        attempt += 1
-        item = hashed(bits, attempt) % n_items + 1
+    item = bits % n_items + 1
+    if item not in sample:
+        return item
+    left = n_items - len(set(sample))
+    item = hashed(bits, 1) % left + 1
+    for own in sorted(set(sample)):
+        item += own <= item
     return item
 
 
