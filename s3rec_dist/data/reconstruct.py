@@ -121,7 +121,9 @@ def pretrain_batch(
     length = _segment_lengths(length_bits, half)
     begin = layout.begins + uniform_below(start_bits, layout.lengths - length + 1)
     pool_begin = uniform_below(pool_bits, len(segment_pool) + 1 - length)
-    sample = torch.repeat_interleave(length, output_size=sizes and sizes.inside)  # [S], of the S items that lie in segments
+    sample = torch.repeat_interleave(
+        length, output_size=sizes and sizes.inside
+    )  # [S], of the S items that lie in segments
     segment = (begin + length - length.cumsum(0)).index_select(0, sample)
     segment += torch.arange(len(sample), device=items.device)  # [S], their places in 0..T-1
     pool_index = segment + (pool_begin - begin).index_select(0, sample)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -360,6 +362,7 @@ class Engine:
         self._plain = config.zero_stage == 0 and self.precision == "fp32"
         if config.zero_stage == 0 and self.precision == "bf16":
             optimizer.state.clear()  # DeepSpeed has taken a step with zero gradients, which spoils Adam's first ones
+            self._deepspeed.optimizer.step = partial(_step_masters, self._deepspeed.optimizer)
         if config.zero_stage == 0 and world.size == 1:
             self._deepspeed.enable_backward_allreduce = False  # nothing to sum, and the copies cost milliseconds
         self._written: list[Path] = []
@@ -398,7 +401,7 @@ class Engine:
             # A new tensor: on the forward's own output, DeepSpeed divides by the accumulation all the same.
             engine.backward(loss * scale, scale_wrt_gas=False)
             if with_norm and self._plain and i == len(batches) - 1:
-                norm = _norm_of(self.model)
+                norm = _norm_of([p.grad for p in self.model.parameters() if p.grad is not None])
             engine.step()
         if with_norm:
             norm = float(norm if self._plain else engine.get_global_grad_norm())
@@ -565,6 +568,24 @@ class _Forward(nn.Module):
         return last
 
 
-def _norm_of(model: nn.Module) -> torch.Tensor:
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+@torch.no_grad()
+def _step_masters(optimizer: Any) -> None:
+    """A step of bf16 weights through their fp32 masters, in place of DeepSpeed's own, which has the host read every
+    gradient."""
+    weights, masters = (list(itertools.chain(*groups)) for groups in (optimizer.fp16_groups, optimizer.fp32_groups))
+    low = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights]
+    gradients = [torch.empty_like(master) for master in masters]
+    torch._foreach_copy_(gradients, low)
+    norm = optimizer._global_grad_norm = _norm_of(gradients)
+    if optimizer.clip_grad:
+        torch._foreach_mul_(gradients, optimizer.clip_grad / (norm + 1e-6).clamp(min=optimizer.clip_grad))
+    for master, gradient in zip(masters, gradients, strict=True):
+        master.grad = gradient
+    optimizer.optimizer.step()
+    torch._foreach_copy_(weights, masters)
+    for master in masters:
+        master.grad = None
+
+
+def _norm_of(gradients: list[torch.Tensor]) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, finetune_batch, pretrain_batch
+from s3rec_dist.data import reconstruct
+from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, finetune_batch, pretrain_batch, pretrain_sizes
 from s3rec_dist.data.stream import PackedSequences
 from s3rec_dist.hashing import GOLDEN, key_of
 
@@ -44,6 +46,12 @@ def pretrain(
 ) -> PretrainBatch:
     segment_pool = torch.tensor(pool, dtype=torch.int32, device=packed.items.device)
     return pretrain_batch(packed, n_items=n_items, segment_pool=segment_pool, mask_ratio=ratio, key=key)
+
+
+def assert_same(one: PretrainBatch | FinetuneBatch, other: PretrainBatch | FinetuneBatch) -> None:
+    for field in fields(one):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        assert torch.equal(a, b.cpu()) if isinstance(a, torch.Tensor) else a == b, field.name
 
 
 @dataclass
@@ -162,6 +170,24 @@ def test_a_pretraining_batch_equals_the_plain_definition_bit_for_bit(
     samples, ids, n_items, pool = batch
     found = unpack(pretrain(pack(samples, ids), n_items, pool, ratio, key))
     assert found == [plain_pretrain(s, i, n_items, pool, ratio, key) for s, i in zip(samples, ids, strict=True)]
+
+
+@given(batch=batches(shortest=2), ratio=st.sampled_from([0.0, 0.2, 1.0]), key=SIGNED_64)
+@settings(deadline=None, max_examples=100)
+def test_the_way_of_a_gpu_with_sizes_known_beforehand_gives_the_same_bits(
+    batch: tuple[list[list[int]], list[int], int, list[int]], ratio: float, key: int
+) -> None:
+    samples, ids, n_items, pool = batch
+    packed, segment_pool = pack(samples, ids), torch.tensor(pool, dtype=torch.int32)
+    here = [pretrain(packed, n_items, pool, ratio, key), finetune_batch(packed, n_items=n_items, key=key)]
+    sizes = pretrain_sizes(packed, mask_ratio=ratio, key=key)
+    with mock.patch.object(reconstruct, "_redraw_few", reconstruct._redraw):
+        there = [
+            pretrain_batch(packed, n_items=n_items, segment_pool=segment_pool, mask_ratio=ratio, key=key, sizes=sizes),
+            finetune_batch(packed, n_items=n_items, key=key),
+        ]
+    for one, other in zip(here, there, strict=True):
+        assert_same(one, other)
 
 
 @given(batch=batches(shortest=2), key=SIGNED_64)
@@ -497,9 +523,5 @@ def test_cuda_reconstructs_the_same_bits_as_the_cpu() -> None:
         (finetune_batch(packed, n_items=30, key=5), finetune_batch(moved, n_items=30, key=5)),
     ]
     for here, there in pairs:
-        for field in fields(here):
-            ours, theirs = getattr(here, field.name), getattr(there, field.name)
-            if isinstance(ours, torch.Tensor):
-                assert theirs.is_cuda and torch.equal(ours, theirs.cpu()), field.name
-            else:
-                assert ours == theirs
+        assert there.items.is_cuda
+        assert_same(here, there)
