@@ -111,8 +111,8 @@ def pretrain_batch(
     token_bits, length_bits, start_bits, pool_bits = layout.draws(keys, 3)
 
     is_masked = _is_masked(token_bits, layout, mask_ratio)
-    masked = _places(is_masked, sizes and sizes.masked)
-    unmasked = _places(is_masked.logical_not(), sizes and len(items) - sizes.masked)
+    masked = _places(is_masked, sizes.masked if sizes else None)
+    unmasked = _places(is_masked.logical_not(), len(items) - sizes.masked if sizes else None)
     negatives = _negatives(token_bits.index_select(0, masked), masked, items, layout, n_items, packed.max_length)
 
     half = layout.lengths >> 1
@@ -121,9 +121,8 @@ def pretrain_batch(
     length = _segment_lengths(length_bits, half)
     begin = layout.begins + uniform_below(start_bits, layout.lengths - length + 1)
     pool_begin = uniform_below(pool_bits, len(segment_pool) + 1 - length)
-    sample = torch.repeat_interleave(
-        length, output_size=sizes and sizes.inside
-    )  # [S], of the S items that lie in segments
+    # [S], of the S items that lie in segments
+    sample = torch.repeat_interleave(length, output_size=sizes.inside if sizes else None)
     segment = (begin + length - length.cumsum(0)).index_select(0, sample)
     segment += torch.arange(len(sample), device=items.device)  # [S], their places in 0..T-1
     pool_index = segment + (pool_begin - begin).index_select(0, sample)

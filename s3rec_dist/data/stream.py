@@ -48,10 +48,11 @@ class PackedSequences:
 
     def to(self, device: torch.device) -> PackedSequences:
         """The same sequences on ``device``. A GPU is not waited for, which takes pinned memory to copy from."""
-        tensors = self.items, self.offsets, self.sample_ids
+        tensors = [self.items, self.offsets, self.sample_ids]
         if device.type == "cuda" and not self.items.is_cuda:
-            tensors = tuple(tensor.pin_memory() for tensor in tensors)
-        return PackedSequences(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.max_length)
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        items, offsets, sample_ids = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return PackedSequences(items, offsets, sample_ids, self.max_length)
 
     def split(self, parts: int) -> list[PackedSequences]:
         """``parts`` consecutive pieces of near-equal sample counts, some perhaps empty."""

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s3rec_dist.data import reconstruct
+from s3rec_dist.data import reconstruct as module
 from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, finetune_batch, pretrain_batch, pretrain_sizes
 from s3rec_dist.data.stream import PackedSequences
 from s3rec_dist.hashing import GOLDEN, key_of
@@ -181,7 +181,7 @@ def test_the_way_of_a_gpu_with_sizes_known_beforehand_gives_the_same_bits(
     packed, segment_pool = pack(samples, ids), torch.tensor(pool, dtype=torch.int32)
     here = [pretrain(packed, n_items, pool, ratio, key), finetune_batch(packed, n_items=n_items, key=key)]
     sizes = pretrain_sizes(packed, mask_ratio=ratio, key=key)
-    with mock.patch.object(reconstruct, "_redraw_few", reconstruct._redraw):
+    with mock.patch.object(module, "_redraw_few", module._redraw):
         there = [
             pretrain_batch(packed, n_items=n_items, segment_pool=segment_pool, mask_ratio=ratio, key=key, sizes=sizes),
             finetune_batch(packed, n_items=n_items, key=key),
