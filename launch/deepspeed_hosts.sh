@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on the hosts of a hostfile through DeepSpeed's launcher: over pdsh, or where that is missing one ssh a host.
 #
-#   launch/deepspeed_hosts.sh pretrain|finetune [--config FILE] [--no-resume] [key=value ...]
+#   launch/deepspeed_hosts.sh pretrain|finetune|doctor [--config FILE] [--no-resume] [key=value ...]
 #
 # Start it in a folder that all hosts see under the same path, with the virtual environment active; output and data.path
 # are folders that all hosts see, or URLs. Hosts need bash as the login shell. The settings are checked and resolved
@@ -70,7 +70,7 @@ mark_failures() {
 }
 
 stage=${1:-}
-[[ $stage == pretrain || $stage == finetune ]] || fail "the first argument is pretrain or finetune, not '$stage'"
+[[ $stage =~ ^(pretrain|finetune|doctor)$ ]] || fail "the first argument is pretrain, finetune or doctor, not '$stage'"
 shift
 [[ -f $hostfile ]] || fail "$hostfile: no such hostfile; it has a line 'NAME slots=PROCESSES' for each host"
 mapfile -t hosts < <(sed -nE 's/^([^#[:space:]]+)[[:space:]]+slots=[0-9]+.*/\1/p' "$hostfile")
@@ -87,7 +87,7 @@ for name in "$run" "${hosts[@]}" "$(command -v deepspeed)" "${PYTHONPATH:-}" "$m
     [[ $name =~ ^[[:alnum:]_./:,@%+=-]*$ ]] ||
         fail "'$name' goes through a shell on the hosts; use letters, digits and _./:,@%+=- only"
 done
-s3rec "$stage" "${settings[@]}" --print-config >"$run/config.yaml"
+s3rec pretrain "${settings[@]}" --print-config >"$run/config.yaml"
 cp "$hostfile" "$run/hostfile"
 if [[ -n $interface ]]; then export NCCL_SOCKET_IFNAME=$interface GLOO_SOCKET_IFNAME=$interface; fi
 write_environment >"$run/environment"

@@ -2,7 +2,7 @@
 # Trains through torchrun. Start it on every host at about the same time; a host that fails is waited for, and all go on
 # from the newest checkpoint.
 #
-#   launch/torchrun.sh pretrain|finetune [--config FILE] [--no-resume] [key=value ...]
+#   launch/torchrun.sh pretrain|finetune|doctor [--config FILE] [--no-resume] [key=value ...]
 #
 # Run it with the virtual environment active; output and data.path are folders that all hosts see, or URLs.
 # Fill in the names, or set them in the environment:
@@ -17,7 +17,8 @@ set -euo pipefail
 
 case ${1:-} in
     pretrain | finetune) ;;
-    *) echo "torchrun.sh: the first argument is pretrain or finetune, not '${1:-}'" >&2 && exit 2 ;;
+    doctor) restarts=0 ;;
+    *) echo "torchrun.sh: the first argument is pretrain, finetune or doctor, not '${1:-}'" >&2 && exit 2 ;;
 esac
 if [[ -n $interface ]]; then export NCCL_SOCKET_IFNAME=$interface GLOO_SOCKET_IFNAME=$interface; fi
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # otherwise a restart meets the keys of the run before it

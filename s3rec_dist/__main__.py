@@ -137,6 +137,17 @@ COMMANDS = {
             s3rec finetune --config configs/beauty.yaml output=runs/beauty-scratch finetune.pretrained=none""",
         build=_training_stage("finetune"),
     ),
+    "doctor": Command(
+        summary="check whether training can work here, on all hosts",
+        description="""
+            Checks versions, device, memory, dataset, output, W&B and the attention backend, and under a launcher that
+            all processes have the same versions, settings and dataset, the same time, and can sum numbers together.
+            Says what is wrong on which host and rank, within a minute, and then ends with status 1.""",
+        example="""
+            s3rec doctor --config configs/beauty.yaml data.path=data/beauty output=runs/beauty
+            deepspeed --num_gpus 8 --module s3rec_dist doctor --config configs/beauty.yaml engine.zero_stage=1""",
+        build=_defined_in("s3rec_dist.training.doctor"),
+    ),
     "evaluate": Command(
         summary="rank held-out items: HR, NDCG, MRR",
         description="""

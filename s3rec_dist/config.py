@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -431,6 +432,14 @@ def to_dict(config: Config) -> dict[str, Any]:
     tree = plain(config)
     assert isinstance(tree, dict)
     return tree
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings of :func:`to_dict` by dotted key, as in ``pretrain.epochs``."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def to_yaml(config: Config) -> str:

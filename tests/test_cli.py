@@ -23,6 +23,7 @@ MODULES = {
     "prepare": "s3rec_dist.data.prepare",
     "inspect": "s3rec_dist.data.inspect",
     "convert": "s3rec_dist.data.convert",
+    "doctor": "s3rec_dist.training.doctor",
     "evaluate": "s3rec_dist.evaluation",
     "recommend": "s3rec_dist.recommend",
     "export": "s3rec_dist.export",
@@ -66,8 +67,8 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
 
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert list(cli.COMMANDS) == [
-        "prepare", "inspect", "convert", "pretrain", "finetune", "evaluate", "recommend", "export", "import", "bench",
-        "synth",
+        "prepare", "inspect", "convert", "pretrain", "finetune", "doctor", "evaluate", "recommend", "export", "import",
+        "bench", "synth",
     ]  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from torch import nn
 
 from s3rec_dist.config import ConfigError, EngineConfig, PretrainConfig, StageConfig
 from s3rec_dist.training.relayout import MOMENTS, AdamState
+from s3rec_dist.training.rendezvous import Meeting, is_launched
 
 T = TypeVar("T")
 
@@ -69,11 +70,40 @@ class World:
     device: torch.device
 
 
-def start(config: EngineConfig) -> World:
+PATIENCE_S = 600.0
+"""Seconds that the processes of a launcher wait for each other at the start."""
+
+
+def start(config: EngineConfig, meeting: Meeting | None = None) -> World:
     """Joins the processes that a launcher started (deepspeed, torchrun), or starts a world of one.
 
-    Sets the CPU threads and chooses the device. May be called again in the same process.
+    Sets the CPU threads and chooses the device. May be called again in the same process. ``meeting`` is where the
+    processes have met already, if they have.
     """
+    device = choose_device(config)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+    _import_deepspeed()
+    if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        if meeting is None and is_launched():
+            meeting = Meeting(PATIENCE_S)
+            _check_arrivals(meeting, meeting.arrive(backend, PATIENCE_S, notices=True))
+        if meeting is not None:
+            store = dist.PrefixStore("group", meeting.store)
+            dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.size)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(_leave)
+    _import_deepspeed().init_distributed(auto_mpi_discovery=False, verbose=False)
+    return World(dist.get_rank(), int(os.environ["LOCAL_RANK"]), dist.get_world_size(), device)
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """This process's device. Raises ConfigError where it is not there."""
     on_cpu = config.device == "cpu" or (
         config.device == "auto" and (os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available())
     )
@@ -84,30 +114,26 @@ def start(config: EngineConfig) -> World:
         # oneDNN keeps a kernel for each of the last 1,024 shapes, and no two batches have the same: it never finds one
         # again, and what it keeps holds the freed tensors around it in the heap, hundreds of MB of them.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
-    launched = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    if not launched and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if not is_launched() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise EngineError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT "
             "are not all set; start with deepspeed or torchrun"
         )
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    return torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
 
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
-    if not on_cpu:
-        torch.cuda.set_device(device)
 
-    _import_deepspeed()
-    if not dist.is_initialized():
-        backend = "gloo" if on_cpu else "nccl"
-        if launched:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(_leave)
-    _import_deepspeed().init_distributed(auto_mpi_discovery=False, verbose=False)
-    return World(dist.get_rank(), local_rank, dist.get_world_size(), device)
+def _check_arrivals(meeting: Meeting, backends: Sequence[str | None]) -> None:
+    """Raises :class:`EngineError` where processes are missing, or some train on GPUs and others do not."""
+    missing = [rank for rank, backend in enumerate(backends) if backend is None]
+    if missing:
+        raise EngineError(f"{meeting.names(missing)} did not arrive within {PATIENCE_S:.0f} s")
+    without = [rank for rank, backend in enumerate(backends) if backend == "gloo"]
+    if 0 < len(without) < meeting.size:
+        raise EngineError(
+            f"{meeting.names(without)} trains on the CPU and the others on GPUs; 'python -c \"import torch; "
+            "print(torch.cuda.is_available())\"' there should say True, or set engine.device=cpu for all"
+        )
 
 
 def _import_deepspeed() -> Any:

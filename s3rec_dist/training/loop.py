@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, NoReturn
 
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import s3rec_dist
-from s3rec_dist.config import Config, ConfigError, PretrainConfig, StageConfig, to_dict, to_yaml
+from s3rec_dist.config import Config, ConfigError, PretrainConfig, StageConfig, flat, to_dict, to_yaml
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.order import stage_spec
 from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, finetune_batch, pretrain_batch, pretrain_sizes
@@ -44,6 +44,7 @@ from s3rec_dist.training.engine import (
 )
 from s3rec_dist.training.folder import RunFolder
 from s3rec_dist.training.preemption import STATUS, CutShort, Preempted, Preemption
+from s3rec_dist.training.preflight import agree
 from s3rec_dist.training.telemetry import Meter, TrainingError
 from s3rec_dist.training.tracking import KEPT_FILES, Tracker, clock, open_tracker
 
@@ -184,6 +185,7 @@ def _run(config: Config, name: StageName, resume: bool, preemption: Preemption) 
         for each in (dataset, *others):
             if not each.max_bad_shards:
                 each.verify(world.rank, world.size, hashes=config.data.verify == "hash")
+    agree(config, [dataset, *others], world.device)
     with together():
         mix = [(other, entry.weight) for other, entry in zip(others, config.data.mix, strict=True)]
         task = Task(config, name, dataset, world.device, mix)
@@ -511,7 +513,7 @@ def _check_same_run(config: Config, name: StageName, fingerprint: str, found: Ch
             f"{found.source}: was trained on another dataset than {config.data.path}{mixed}, or that has changed "
             f"since; restore it, name its data.revision, {start_over}"
         )
-    then, now = _flat(state["config"]), _flat(to_dict(config))
+    then, now = flat(state["config"]), flat(to_dict(config))
     schedule_follows_epochs = now[f"{name}.schedule"] != "constant"
     differ = [
         f"{key} was {then[key]!r}, is {now[key]!r}"
@@ -522,13 +524,6 @@ def _check_same_run(config: Config, name: StageName, fingerprint: str, found: Ch
         raise CheckpointError(
             f"{found.source}: was trained with other settings: {'; '.join(differ)}. Use the same settings, {start_over}"
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 _FREE = {

@@ -106,9 +106,9 @@ def test_scripts_pass_shellcheck(script: str) -> None:
 @pytest.mark.parametrize(
     ("command", "told"),
     [
-        (["deepspeed_hosts.sh"], "the first argument is pretrain or finetune, not ''"),
+        (["deepspeed_hosts.sh"], "the first argument is pretrain, finetune or doctor, not ''"),
         (["deepspeed_hosts.sh", "pretrain", "pretrain.epoch=3"], "pretrain.epoch"),
-        (["torchrun.sh", "train"], "the first argument is pretrain or finetune, not 'train'"),
+        (["torchrun.sh", "train"], "the first argument is pretrain, finetune or doctor, not 'train'"),
     ],
 )
 def test_a_mistake_is_told_before_any_host_is_asked(command: Sequence[str], told: str, tmp_path: Path) -> None:
