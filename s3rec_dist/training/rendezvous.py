@@ -50,24 +50,27 @@ class Meeting:
         self.hosts = known or [f"host {rank // self.local_size}" for rank in range(self.size)]
         """By rank; until a process has said where it is, what its launcher says, or a number."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        agent_has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        has_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        if not has_store and not _answers(address, port, patience_s):
+            raise RendezvousError(
+                f"{self.hosts[0]} (rank 0) did not arrive: nothing answered {socket.gethostname()} (rank {self.rank}) "
+                f"at {address}:{port} within {patience_s:.0f} s; is it running, and may the hosts reach that port?"
+            )
         try:
             store = dist.TCPStore(
                 address,
                 port,
-                is_master=self.rank == 0 and not agent_has_store,
+                is_master=has_store,
                 timeout=timedelta(seconds=patience_s),
                 wait_for_workers=False,
-                multi_tenant=not agent_has_store,
+                multi_tenant=has_store,
             )
         except RuntimeError as error:
-            if self.rank == 0 and not agent_has_store:
-                raise RendezvousError(
-                    f"rank 0 cannot listen on port {port}: {error}; set another MASTER_PORT"
-                ) from error
+            reason = str(error).partition("\n")[0]
+            doing = "listen" if has_store else "meet the others"
             raise RendezvousError(
-                f"{self.hosts[0]} (rank 0) did not arrive: nothing answered {socket.gethostname()} (rank {self.rank}) "
-                f"at {address}:{port} within {patience_s:.0f} s; is it running, and may the hosts reach that port?"
+                f"{socket.gethostname()} (rank {self.rank}) cannot {doing} at {address}:{port}: {reason}; set another "
+                "MASTER_PORT"
             ) from error
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self.store = dist.PrefixStore(f"s3rec/{attempt}", store)
@@ -85,16 +88,20 @@ class Meeting:
         return list(json.loads(self.store.get(f"{topic}/all")))
 
     def _collect(self, topic: str, within_s: float, notices: bool) -> list[Any]:
-        deadline = time.monotonic() + within_s
-        while missing := [rank for rank in self._awaited if not self.store.check([f"{topic}/{rank}"])]:
-            if (left := deadline - time.monotonic()) <= 0:
-                self._awaited -= set(missing)
+        def is_there(rank: int) -> bool:
+            return self.store.check([f"{topic}/{rank}"])
+
+        now = time.monotonic()
+        deadline, notice = now + within_s, now + _NOTICE_S
+        while not self.store.check([f"{topic}/{rank}" for rank in self._awaited]):  # its wait() warns when it ends
+            if (now := time.monotonic()) > deadline:
+                self._awaited = set(filter(is_there, self._awaited))
                 break
-            with contextlib.suppress(RuntimeError):  # not all of them in that time
-                self.store.wait([f"{topic}/{rank}" for rank in missing], timedelta(seconds=min(left, _NOTICE_S)))
-                continue
-            if notices and left > _NOTICE_S:
+            if notices and now > notice:
+                notice = now + _NOTICE_S
+                missing = [rank for rank in self._awaited if not is_there(rank)]
                 print(f"s3rec: waiting for {self.names(missing)}", file=sys.stderr, flush=True)
+            time.sleep(0.01)
         found = {rank: json.loads(self.store.get(f"{topic}/{rank}")) for rank in self._awaited}
         return [found.get(rank) for rank in range(self.size)]
 
@@ -124,6 +131,16 @@ def names(hosts: Sequence[str], ranks: Sequence[int]) -> str:
     for rank in ranks:
         by_host.setdefault(hosts[rank], []).append(str(rank))
     return ", ".join(f"{h} (rank{'s' * (len(r) > 1)} {', '.join(r)})" for h, r in by_host.items())
+
+
+def _answers(address: str, port: int, within_s: float) -> bool:
+    """Whether somebody listens there before the time is over. The store's own attempts fill the terminal."""
+    deadline = time.monotonic() + within_s
+    while (left := deadline - time.monotonic()) > 0:
+        with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=min(left, 5)):
+            return True
+        time.sleep(min(0.2, max(left, 0)))
+    return False
 
 
 def _hosts_of_deepspeed() -> list[str]:

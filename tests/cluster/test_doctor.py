@@ -29,6 +29,7 @@ def test_a_host_with_another_dataset_and_output_is_named(
         {"node0": [*command, *arguments(dataset, tmp_path / "runs" / "toy")]},
         folder=tmp_path,
         environment=environment,
+        timeout=150,
     )
     assert ended.statuses != [0]
     assert f"node1 (rank 1): dataset: {dataset} is fingerprint " in ended.output
@@ -45,7 +46,8 @@ def test_a_host_that_is_cut_off_is_named(make_hosts: Callable[[int], Hosts], tmp
     launcher += [hosts.addresses["node0"], "--node_rank"]
     doctor = ["--module", "s3rec_dist", "doctor", f"output={tmp_path / 'runs'}"]
     commands = {name: [*launcher, str(rank), *doctor] for rank, name in enumerate(hosts.inits)}
-    ended = run_on(hosts, commands, folder=tmp_path)
+    ended = run_on(hosts, commands, folder=tmp_path, timeout=150)
     assert 0 not in ended.statuses
     assert "node1 (rank 1): process: did not arrive within 20 s" in ended.output
     assert "node0 (rank 0) did not arrive: nothing answered node1 (rank 1)" in ended.output
+    assert "Exception raised" not in ended.output
