@@ -33,7 +33,7 @@ import torch.distributed as dist
 
 from s3rec_dist.config import Config, ConfigError, load_config
 from s3rec_dist.data.dataset import Dataset
-from s3rec_dist.kernels.masked_attention import explain_backend
+from s3rec_dist.kernels.backends import explain_backend
 from s3rec_dist.storage import Storage, StorageError, hide
 from s3rec_dist.training.engine import choose_device, heeding_peers, start
 from s3rec_dist.training.preflight import (
