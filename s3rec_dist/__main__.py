@@ -59,6 +59,10 @@ def _training_stage(stage: str) -> Callable[..., Run]:
             action="store_true",
             help="start over; without it, training goes on from the newest checkpoint in the output folder",
         )
+        parser.add_argument(
+            "--profile", metavar="FIRST-LAST", help="write a torch profiler trace of these steps into the run's folder"
+        )
+        parser.add_argument("--profile-all-ranks", action="store_true", help="one of every rank, not of rank 0 alone")
         parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"settings, as in {stage}.epochs=10")
         return run
 
@@ -69,8 +73,13 @@ def _training_stage(stage: str) -> Callable[..., Run]:
         if args.print_config:
             print(to_yaml(config), end="")
             return
+        profile = None
+        if args.profile:
+            from s3rec_dist.training.profiling import ProfiledSteps
+
+            profile = ProfiledSteps.parse(args.profile, args.profile_all_ranks)
         loop = importlib.import_module("s3rec_dist.training.loop")
-        getattr(loop, f"run_{stage}")(config, resume=not args.no_resume)
+        getattr(loop, f"run_{stage}")(config, resume=not args.no_resume, profile=profile)
 
     return build
 

@@ -17,6 +17,7 @@ import yaml
 from s3rec_dist import __main__ as cli
 from s3rec_dist.config import Config, StorageConfig, from_dict, load_config, to_yaml
 from s3rec_dist.storage import StorageError, storage_of
+from s3rec_dist.training.profiling import ProfiledSteps
 
 STAGES = ("pretrain", "finetune")
 MODULES = {
@@ -301,13 +302,21 @@ def test_a_file_that_cannot_be_opened_is_named(failing: type, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("flags", "resume"), [([], True), (["--no_resume"], False)])
-def test_a_stage_gets_its_config_and_whether_to_resume(
-    stage: str, flags: list[str], resume: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], {"resume": True, "profile": None}),
+        (["--no_resume"], {"resume": False, "profile": None}),
+        (["--profile", "20-25"], {"resume": True, "profile": ProfiledSteps(20, 25)}),
+        (["--profile", "3", "--profile_all_ranks"], {"resume": True, "profile": ProfiledSteps(3, 3, all_ranks=True)}),
+    ],
+)
+def test_a_stage_gets_its_config_whether_to_resume_and_what_to_profile(
+    stage: str, flags: list[str], expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[tuple[Config, bool]] = []
+    calls: list[tuple[Config, dict[str, object]]] = []
     loop = types.ModuleType("s3rec_dist.training.loop")
-    setattr(loop, f"run_{stage}", lambda config, *, resume: calls.append((config, resume)))
+    setattr(loop, f"run_{stage}", lambda config, **options: calls.append((config, options)))
     monkeypatch.setitem(sys.modules, "s3rec_dist.training.loop", loop)
     assert cli.main([stage, *flags, "output=runs/x"]) == 0
-    assert calls == [(Config(output="runs/x"), resume)]
+    assert calls == [(Config(output="runs/x"), expected)]

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import nn
 
 from s3rec_dist.config import ConfigError, EngineConfig, PretrainConfig, StageConfig
+from s3rec_dist.training.phases import Collectives, PhaseClock
 from s3rec_dist.training.relayout import MOMENTS, AdamState
 from s3rec_dist.training.rendezvous import Meeting, is_launched
 
@@ -391,6 +392,8 @@ class Engine:
             self._deepspeed.optimizer.step = partial(_step_masters, self._deepspeed.optimizer)
         if config.zero_stage == 0 and world.size == 1:
             self._deepspeed.enable_backward_allreduce = False  # nothing to sum, and the copies cost milliseconds
+        self.clock = PhaseClock(world.device)
+        self.collectives = Collectives(_import_deepspeed().comm.comm.cdb, self.clock)
         self._written: list[Path] = []
         self._write_error: Exception | None = None
         writer = self._deepspeed.checkpoint_engine
@@ -422,13 +425,17 @@ class Engine:
         losses = []
         norm: Any = None
         for i, batch in enumerate(batches):
+            self.clock.enter("forward")
             loss = engine(batch, dropout_seed)
+            self.clock.enter("backward")
             losses.append(self._forward.take())
             # A new tensor: on the forward's own output, DeepSpeed divides by the accumulation all the same.
             engine.backward(loss * scale, scale_wrt_gas=False)
             if with_norm and self._plain and i == len(batches) - 1:
                 norm = _norm_of([p.grad for p in self.model.parameters() if p.grad is not None])
+            self.clock.enter("optimizer")
             engine.step()
+        self.clock.enter("other")
         if with_norm:
             norm = float(norm if self._plain else engine.get_global_grad_norm())
         return StepResult(losses, norm)
@@ -570,6 +577,7 @@ class Engine:
 
     def close(self) -> None:
         """Lets go of the model's hooks and buffers."""
+        self.collectives.close()
         self._deepspeed.destroy()
         self._fp32_copy = None
 

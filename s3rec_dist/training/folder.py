@@ -70,6 +70,11 @@ class RunFolder:
             own = [name for name in names if not name.startswith(f"{FOLDER}/")]
             in_parallel(lambda name: self.storage.upload(str(self.local / name), f"{self.url}/{name}"), own)
 
+    def publish(self, name: str) -> None:
+        """Uploads one file of this process."""
+        if self.is_remote:
+            self.storage.upload(str(self.local / name), f"{self.url}/{name}")
+
     def move_aside(self) -> None:
         """Starting over keeps what an earlier run left, under the next free name. For rank 0."""
         if not self.storage.exists(self.url):

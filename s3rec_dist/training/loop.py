@@ -28,6 +28,7 @@ from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, finetune_b
 from s3rec_dist.data.stream import PackedSequences, Stream
 from s3rec_dist.evaluation import evaluate
 from s3rec_dist.hashing import key_of
+from s3rec_dist.model.flops import finetune_flops, pretrain_flops
 from s3rec_dist.model.s3rec import Losses, S3Rec
 from s3rec_dist.storage import Storage, StorageError
 from s3rec_dist.training import checkpoint
@@ -43,9 +44,11 @@ from s3rec_dist.training.engine import (
     together,
 )
 from s3rec_dist.training.folder import RunFolder
+from s3rec_dist.training.phases import IDLE
 from s3rec_dist.training.preemption import STATUS, CutShort, Preempted, Preemption
 from s3rec_dist.training.preflight import agree
-from s3rec_dist.training.telemetry import Meter, TrainingError
+from s3rec_dist.training.profiling import ProfiledSteps, StepProfiler
+from s3rec_dist.training.telemetry import Meter, Stragglers, TrainingError, Work
 from s3rec_dist.training.tracking import KEPT_FILES, Tracker, clock, open_tracker
 
 StageName = Literal["pretrain", "finetune"]
@@ -53,17 +56,17 @@ StageName = Literal["pretrain", "finetune"]
 _STAGE_KEYS = {"pretrain": 1, "finetune": 2}
 
 
-def run_pretrain(config: Config, *, resume: bool = True) -> str:
+def run_pretrain(config: Config, *, resume: bool = True, profile: ProfiledSteps | None = None) -> str:
     """Pretrains and returns the run's folder or URL, ``<output>/pretrain``. Raises :class:`Preempted`, which as a
     SystemExit ends the process with its status, where a signal calls for it."""
     with heeding_peers(), Preemption() as preemption:
-        return _run(config, "pretrain", resume, preemption)
+        return _run(config, "pretrain", resume, preemption, profile)
 
 
-def run_finetune(config: Config, *, resume: bool = True) -> str:
+def run_finetune(config: Config, *, resume: bool = True, profile: ProfiledSteps | None = None) -> str:
     """Fine-tunes and returns the run's folder or URL, ``<output>/finetune``; otherwise as :func:`run_pretrain`."""
     with heeding_peers(), Preemption() as preemption:
-        return _run(config, "finetune", resume, preemption)
+        return _run(config, "finetune", resume, preemption, profile)
 
 
 class Task:
@@ -154,6 +157,21 @@ class Task:
             return len(packed.items) - len(packed)
         return len(packed)
 
+    def flops(self, work: Work) -> float:
+        """The arithmetic of training on so much."""
+        model, samples, tokens, squares = self.config.model, work.samples, work.tokens, work.squares
+        if self.name == "pretrain":
+            attributes, masked = self.dataset.n_attributes, work.counts["mip"]
+            return pretrain_flops(model, attributes, samples=samples, tokens=tokens, squares=squares, masked=masked)
+        return finetune_flops(
+            model,
+            self.dataset.n_items if self.config.finetune.loss == "ce" else 0,
+            samples=samples,
+            tokens=tokens - samples,  # the last item of each is only a target
+            squares=squares - 2 * tokens + samples,
+            last_only=self.config.finetune.positions == "last",
+        )
+
 
 def open_datasets(config: Config, storage: Storage) -> list[Dataset]:
     """The dataset that is trained on, and those that are mixed in, which must know the same items."""
@@ -174,7 +192,7 @@ def open_datasets(config: Config, storage: Storage) -> list[Dataset]:
     return [dataset, *others]
 
 
-def _run(config: Config, name: StageName, resume: bool, preemption: Preemption) -> str:
+def _run(config: Config, name: StageName, resume: bool, preemption: Preemption, profile: ProfiledSteps | None) -> str:
     if not config.data.path:
         raise ConfigError("data.path is empty; name the dataset to train on, a folder that 's3rec prepare' wrote")
     world = start(config.engine)
@@ -191,7 +209,7 @@ def _run(config: Config, name: StageName, resume: bool, preemption: Preemption) 
         task = Task(config, name, dataset, world.device, mix)
         model = task.model()
     with RunFolder(os.path.join(config.output, name), storage, world) as folder:
-        _train(task, model, world, folder, resume, preemption)
+        _train(task, model, world, folder, resume, preemption, profile)
     return folder.url
 
 
@@ -203,7 +221,15 @@ def _check_places(config: Config, storage: Storage) -> None:
         storage.local(place)
 
 
-def _train(task: Task, model: S3Rec, world: World, folder: RunFolder, resume: bool, preemption: Preemption) -> None:
+def _train(
+    task: Task,
+    model: S3Rec,
+    world: World,
+    folder: RunFolder,
+    resume: bool,
+    preemption: Preemption,
+    profile: ProfiledSteps | None,
+) -> None:
     config, name = task.config, task.name
     found = checkpoint.newest(*folder.checkpoints) if resume else None
     with together():
@@ -219,7 +245,7 @@ def _train(task: Task, model: S3Rec, world: World, folder: RunFolder, resume: bo
         tracker = open_tracker(config, name, folder.local, world.rank)
     status = "failed"
     try:
-        training = _Training(task, model, world, folder, tracker, preemption)
+        training = _Training(task, model, world, folder, tracker, preemption, profile)
         try:
             if found is not None:
                 training.resume(found)
@@ -250,6 +276,7 @@ class _Training:
         folder: RunFolder,
         tracker: Tracker,
         preemption: Preemption,
+        profile: ProfiledSteps | None,
     ) -> None:
         self.task, self.stage, self.config = task, task.stage, task.config
         self.world, self.folder, self.tracker, self.preemption = world, folder, tracker, preemption
@@ -264,7 +291,10 @@ class _Training:
         self.total_steps = self.stage.epochs * self.steps_per_epoch
         self.parameters = sum(p.numel() for p in model.parameters())
         self.engine = Engine(model, task.losses, self.stage, self.config.engine, world)
-        self.meter = Meter(world)
+        self.clock = self.engine.clock
+        self.meter = Meter(self.engine, task.flops)
+        self.stragglers = Stragglers()
+        self.profile, self.profiler = profile, StepProfiler(profile, folder.local, world.rank)
         self.step = 0
         self.saved_step = -1
         self.owes_epoch_end = False  # an epoch's last step is done, its validation not
@@ -301,6 +331,8 @@ class _Training:
             zero_stage=self.engine.zero_stage,
             parameters=self.parameters,
         )
+        if self.profile and (reason := self.profile.missed(self.step, self.total_steps)):
+            self.tracker.event("not_profiled", reason=reason)
         began = time.monotonic()
         self.tracker.begin(step=self.step, total_steps=self.total_steps)
         if self.owes_epoch_end:
@@ -320,10 +352,12 @@ class _Training:
         order = self.stream.order(epoch)
         first = self.step % self.steps_per_epoch
         batches = self.stream.iterate(epoch, first)
-        self.meter.go()
         for in_epoch in range(first, self.steps_per_epoch):
-            with self.meter.waiting():
-                packed = next(batches)
+            self.profiler.begin(self.step + 1)
+            self.clock.enter("data")
+            packed = next(batches)
+            self.clock.enter("reconstruct")
+            self.meter.streamed(packed)
             rate = learning_rate(stage, self.step, self.total_steps)
             is_logged = (self.step + 1) % stage.log_every_steps == 0 or self.step + 1 == self.total_steps
             result = self.engine.step(
@@ -334,7 +368,7 @@ class _Training:
                 with_norm=is_logged,
             )
             self.step += 1
-            self.meter.add(result.losses, packed, task.count(packed))
+            self.meter.add(result.losses, task.count(packed))
             if is_logged:
                 numbers = self.meter.read(self.step)
                 numbers |= {
@@ -343,19 +377,33 @@ class _Training:
                     "train/epoch": self.step / self.steps_per_epoch,
                 }
                 self.tracker.log(numbers, self.step)
+                if slow := self.stragglers.see(numbers):
+                    self.tracker.event("straggler", step=self.step, **slow)
                 self.count_left_out()
             self.tracker.progress(self.step)
+            if self.profile:
+                self.keep_profile()
             ends_epoch = in_epoch + 1 == self.steps_per_epoch
             if number := self.preemption.agreed(self.world):
                 self.owes_epoch_end = ends_epoch
                 self.leave(number)
             if not ends_epoch and stage.checkpoint_every_steps and self.step % stage.checkpoint_every_steps == 0:
-                self.meter.pause()
+                self.clock.enter(IDLE)
                 self.save()
-                self.meter.go()
-        self.meter.pause()
+        self.clock.enter(IDLE)
         self.count_left_out()
         self.end_epoch(epoch + 1)
+
+    def keep_profile(self) -> None:
+        """Writes the trace of the chosen steps once they are done. A disk that has no room for it stops nothing."""
+        clock = self.clock.enter(IDLE)
+        try:
+            if name := self.profiler.end(self.step):
+                self.folder.publish(name)
+                self.tracker.event("profile", step=self.step, trace=name)
+        except (OSError, StorageError) as error:
+            self.tracker.event("not_profiled", reason=str(error))
+        self.clock.enter(clock)
 
     def end_epoch(self, done: int) -> None:
         """Validates and saves where ``done`` finished epochs call for it."""
@@ -410,7 +458,8 @@ class _Training:
         if self.world.size == 1:
             return max(own, 1)
         total = torch.full((), float(own), device=self.world.device)
-        dist.all_reduce(total)
+        with self.clock.during("communication"):
+            dist.all_reduce(total)
         return total.clamp(min=1)
 
     def count_left_out(self) -> None:
@@ -481,6 +530,7 @@ class _Training:
 
     def close(self) -> None:
         """Stops the reading threads and lets go of DeepSpeed."""
+        self.profiler.close()
         self.stream.close()
         self.engine.close()
 

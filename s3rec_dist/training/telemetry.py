@@ -1,56 +1,100 @@
-"""What training measures of itself between two logs: loss means, throughput, waiting, memory."""
+"""What training measures of itself between two logs: losses, throughput, where the time goes, who is slow, memory.
+
+    meter = Meter(engine, flops)
+    meter.add(result.losses, packed, count)     # after each step
+    numbers = meter.read(step)                  # all ranks: {"train/loss": ..., "time/forward_ms": ..., ...}
+
+Nothing waits for a GPU between two reads. A read is one all-reduce, in which every rank learns every rank's numbers.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from collections.abc import Iterator, Sequence
+import re
+import socket
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from s3rec_dist.data.stream import PackedSequences
-from s3rec_dist.training.engine import LossSums, World, together
+from s3rec_dist.training.engine import Engine, LossSums, Precision, gather, together
+from s3rec_dist.training.phases import PHASES, wire_bytes
 from s3rec_dist.training.tracking import peak_memory_mb
+
+RANKS_SHOWN = 64
+"""Ranks whose numbers are logged one by one; of more, only the straggler is named."""
+
+PEAK_TFLOPS = {
+    r"B200": (2250, 75.0),
+    r"H[12]00 NVL": (835, 60.0),
+    r"H200|GH200": (989, 67.0),
+    r"H100 PCIe": (756, 51.0),
+    r"H100": (989, 67.0),
+    r"A100": (312, 19.5),
+    r"L40S": (362, 91.6),
+    r"L4": (121, 30.3),
+    r"A10": (125, 31.2),
+    r"V100-SXM2": (125, 15.7),
+    r"T4": (65, 8.1),
+}
+"""TFLOP/s of dense matrix products in 16 bits and in fp32 (no TF32), from the makers' data sheets, by a part of the
+name that CUDA gives; the first that fits counts."""
+
+
+def peak_tflops(name: str, precision: Precision) -> float | None:
+    """What the GPU called ``name`` can do at most, where that is known. A slice of a GPU is none that is known."""
+    if "MIG" in name:
+        return None
+    found = next((peak for pattern, peak in PEAK_TFLOPS.items() if re.search(rf"\b({pattern})\b", name)), None)
+    return found and found[precision == "fp32"]
 
 
 class TrainingError(ValueError):
     """Training that cannot go on; the message says why and what to change."""
 
 
-class Meter:
-    """Training's numbers between two logs. Loss sums stay on the device until they are read."""
+@dataclass(frozen=True)
+class Work:
+    """What was trained on: a batch's size, or that of many."""
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    samples: float
+    tokens: float
+    squares: float
+    """Sum of the squared sequence lengths."""
+    counts: Mapping[str, float]
+    """Terms in each task's sum, as in :class:`LossSums`."""
+
+
+class Meter:
+    """Training's numbers between two logs. Loss sums stay on the device until they are read. ``flops`` says what an
+    amount of work takes."""
+
+    def __init__(self, engine: Engine, flops: Callable[[Work], float]) -> None:
+        self._engine, self._world, self._clock, self._flops = engine, engine.world, engine.clock, flops
+        on_gpu = self._world.device.type == "cuda"
+        name = torch.cuda.get_device_name(self._world.device) if on_gpu else ""
+        self._peak = peak_tflops(name, engine.precision)
         self._sums: torch.Tensor | None = None  # [1 + tasks]: total, then each task's
         self._tasks: list[str] = []
         self._reset()
-        self._mark = time.perf_counter()
 
     def _reset(self) -> None:
         self._sums = None
         self._counts: dict[str, int] = {}
-        self._averaged_over = self._samples = self._tokens = 0
-        self._active = self._waited = 0.0
+        self._averaged_over = self._steps = self._samples = self._tokens = self._squares = 0
+        self._engine.collectives.sent.clear()
 
-    def go(self) -> None:
-        """Time counts as training from here on."""
-        self._mark = time.perf_counter()
+    def streamed(self, packed: PackedSequences) -> None:
+        """One step of this rank begins; ``packed`` is on the host still."""
+        self._steps += 1
+        self._samples += len(packed)
+        self._tokens += len(packed.items)
+        self._squares += int(packed.offsets.diff().long().square().sum())
 
-    def pause(self) -> None:
-        """Time counts as something else from here on."""
-        self._active += time.perf_counter() - self._mark
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent waiting for data."""
-        before = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - before
-
-    def add(self, losses: Sequence[LossSums], packed: PackedSequences, count: int) -> None:
+    def add(self, losses: Sequence[LossSums], count: int) -> None:
         """One step of this rank; ``count`` is its part of what the loss is divided by."""
         for part in losses:
             self._tasks = list(part.terms)
@@ -59,8 +103,6 @@ class Meter:
             for task, terms in part.counts.items():
                 self._counts[task] = self._counts.get(task, 0) + terms
         self._averaged_over += count
-        self._samples += len(packed)
-        self._tokens += len(packed.items)
 
     def check(self, step: int) -> None:
         """Raises :class:`TrainingError`, on all ranks, where a loss is not a number."""
@@ -70,34 +112,40 @@ class Meter:
 
     def read(self, step: int) -> dict[str, float]:
         """The numbers over all ranks, which start anew. All ranks must call it."""
-        self.pause()
-        self.go()
         assert self._sums is not None
-        counts = [self._counts[task] for task in self._tasks]
-        host = [*counts, self._averaged_over, self._samples, self._tokens, self._active, self._waited]
-        row = torch.cat((self._sums, torch.tensor(host, dtype=torch.float64, device=self._sums.device)))
-        memory = torch.tensor([peak_memory_mb(), _device_memory_mb(self._world.device)], device=row.device)
-        if self._world.size > 1:
-            dist.all_reduce(row)
-            dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        total, *rest = row.tolist()
-        sums, rest = rest[: len(counts)], rest[len(counts) :]
-        counts, (averaged_over, samples, tokens, active, waited) = rest[: len(counts)], rest[len(counts) :]
-        if not math.isfinite(total):
+        sums, ranks = self._gather(self._sums)
+        counts = {task: sum(rank[f"terms {task}"] for rank in ranks) for task in self._tasks}
+        total = {name: sum(rank[name] for rank in ranks) for name in ("over", "samples", "tokens", "squares")}
+        loss, *terms = sums
+        if not math.isfinite(loss):
             self._fail(step)
-        seconds = active / self._world.size
-        numbers = {"train/loss": total / max(averaged_over, 1)}
-        numbers |= {f"train/{t}": s / max(c, 1) for t, s, c in zip(self._tasks, sums, counts, strict=True)}
-        numbers |= {
-            "train/samples_per_second": samples / seconds,
-            "train/tokens_per_second": tokens / seconds,
-            "train/data_wait": waited / active,
-            "train/memory_mb": memory[0].item(),
-        }
-        if self._world.device.type == "cuda":
-            numbers["train/device_memory_mb"] = memory[1].item()
+        numbers = {"train/loss": loss / max(total["over"], 1)}
+        numbers |= {f"train/{t}": s / max(counts[t], 1) for t, s in zip(self._tasks, terms, strict=True)}
+        work = Work(total["samples"], total["tokens"], total["squares"], counts)
+        numbers |= throughput(ranks, self._steps, self._flops(work), self._peak)
         self._reset()
         return numbers
+
+    def _gather(self, sums: torch.Tensor) -> tuple[list[float], list[dict[str, float]]]:
+        """Loss sums over all ranks, and every rank's other numbers."""
+        world = self._world
+        seconds = self._clock.read()
+        own: dict[str, float] = {f"terms {task}": self._counts[task] for task in self._tasks}
+        own |= {"over": self._averaged_over, "samples": self._samples, "tokens": self._tokens, "squares": self._squares}
+        sent = self._engine.collectives.sent.items()
+        own |= {"sent": sum(wire_bytes(kind, size, world.size) for kind, size in sent), **seconds}
+        own |= {"memory": peak_memory_mb(), "device_memory": _device_memory_mb(world.device)}
+        row = torch.cat((sums, torch.tensor(list(own.values()), dtype=torch.float64, device=sums.device)))
+        if world.size == 1:
+            table = row[None]
+        else:
+            table = row.new_zeros(world.size, len(row))
+            table[world.rank] = row
+            with self._clock.during("communication"):
+                dist.all_reduce(table)
+        rows = table.tolist()
+        whole = [sum(column) for column in zip(*(row[: len(sums)] for row in rows), strict=True)]
+        return whole, [dict(zip(own, row[len(sums) :], strict=True)) for row in rows]
 
     def _fail(self, step: int) -> None:
         raise TrainingError(
@@ -105,6 +153,69 @@ class Meter:
             "gradient_clipping, or use engine.precision=fp32, and start over with --no_resume. Checkpoints are as they "
             "were, from before"
         )
+
+
+def throughput(ranks: Sequence[Mapping[str, float]], steps: int, flops: float, peak: float | None) -> dict[str, float]:
+    """Numbers from what each rank has measured over ``steps`` steps: ``samples``, ``tokens``, seconds by phase, bytes
+    ``sent``, ``memory`` and ``device_memory`` in MiB; ``flops`` are those of all, ``peak`` a device's TFLOP/s."""
+    size = len(ranks)
+    seconds = [max(sum(rank[phase] for phase in PHASES), 1e-9) for rank in ranks]
+    busy = [all_of - rank["communication"] for all_of, rank in zip(seconds, ranks, strict=True)]
+    elapsed = statistics.fmean(seconds)
+    numbers = {
+        f"train/{name}_per_second": sum(rank[name] for rank in ranks) / elapsed for name in ("samples", "tokens")
+    }
+    tflops = flops / elapsed / size / 1e12
+    numbers |= {
+        "train/step_ms": elapsed / steps * 1e3,
+        "train/data_wait": sum(rank["data"] for rank in ranks) / sum(seconds),
+        "train/tflops_per_device": tflops,
+        "train/memory_mb": max(rank["memory"] for rank in ranks),
+    }
+    if device_memory := max(rank["device_memory"] for rank in ranks):
+        numbers["train/device_memory_mb"] = device_memory
+    if peak:
+        numbers["train/mfu"] = tflops / peak
+    numbers |= {f"time/{p}_ms": statistics.fmean(rank[p] for rank in ranks) / steps * 1e3 for p in PHASES}
+    if size > 1:
+        slowest = max(range(size), key=busy.__getitem__)
+        others = statistics.median(busy[:slowest] + busy[slowest + 1 :])
+        numbers |= {
+            "train/sent_mb": statistics.fmean(rank["sent"] for rank in ranks) / steps / 2**20,
+            "train/straggler_rank": slowest,
+            "train/straggler_ratio": busy[slowest] / max(others, 1e-9),
+        }
+    if 1 < size <= RANKS_SHOWN:
+        for i, rank in enumerate(ranks):
+            numbers |= {
+                f"rank/{i}/samples_per_second": rank["samples"] / elapsed,
+                f"rank/{i}/tokens_per_second": rank["tokens"] / elapsed,
+                f"rank/{i}/busy_ms": busy[i] / steps * 1e3,
+                f"rank/{i}/memory_mb": rank["memory"],
+            }
+    return numbers
+
+
+class Stragglers:
+    """Notices a rank that stays the slowest. A step takes as long as its slowest rank."""
+
+    LOGS, RATIO = 5, 1.2
+    """So many logs in a row, and in each so much slower than the median of the others, are told of, once."""
+
+    def __init__(self) -> None:
+        self._hosts = gather(socket.gethostname())
+        self._rank, self._logs = -1, 0
+
+    def see(self, numbers: Mapping[str, float]) -> dict[str, str | int | float] | None:
+        """What is to be told after a log, if anything."""
+        rank, ratio = int(numbers.get("train/straggler_rank", -1)), numbers.get("train/straggler_ratio", 0.0)
+        if ratio < self.RATIO:
+            rank = -1
+        self._logs = self._logs + 1 if rank == self._rank else 1
+        self._rank = rank
+        if rank < 0 or self._logs != self.LOGS:
+            return None
+        return {"rank": rank, "host": self._hosts[rank], "ratio": round(ratio, 2), "logs": self._logs}
 
 
 def _device_memory_mb(device: torch.device) -> float:

@@ -197,7 +197,19 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
 
 
-_HIDDEN = {f"train/{name}" for name in ("tokens_per_second", "data_wait", "memory_mb", "device_memory_mb")}
+_HIDDEN_SECTIONS = ("time", "rank")
+_HIDDEN = {
+    "tokens_per_second",
+    "step_ms",
+    "data_wait",
+    "tflops_per_device",
+    "mfu",
+    "memory_mb",
+    "device_memory_mb",
+    "sent_mb",
+    "straggler_rank",
+    "straggler_ratio",
+}
 _SHORT = {"learning_rate": "rate", "gradient_norm": "norm"}
 
 
@@ -208,7 +220,7 @@ def _in_words(metrics: Mapping[str, float]) -> str:
         section, _, short = name.rpartition("/")
         if name == "train/samples_per_second":
             words.append(f"{value:,.0f} samples/s")
-        elif name not in _HIDDEN:
+        elif short not in _HIDDEN and not section.startswith(_HIDDEN_SECTIONS):
             words.append(f"{_SHORT.get(short, short)} {_number(value) if section == 'train' else f'{value:.4f}'}")
     return "  ".join(words)
 

@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -113,6 +114,19 @@ def dying_before(step: int | None, by: str = "") -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def slowed(seconds: float) -> Iterator[None]:
+    """Runs in this block take so much longer to make a batch."""
+
+    def batch(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return original(*arguments)
+
+    original = loop.Task.batch
+    with mock.patch.object(loop.Task, "batch", batch):
+        yield
+
+
 def run(name: str, config: Config, *, resume: bool = True, dies_before: int | None = None, by: str = "") -> Path:
     """One stage; returns its folder."""
     with dying_before(dies_before, by):
@@ -153,7 +167,8 @@ def main() -> None:
         error = ""
         try:
             dies_before = job.get("dies_before") if job.get("rank", own) == own else None
-            run(job["stage"], from_dict(job["config"], "job"), dies_before=dies_before, by=job.get("by", ""))
+            with slowed(job["slow"]) if job.get("slow_rank") == own else contextlib.nullcontext():
+                run(job["stage"], from_dict(job["config"], "job"), dies_before=dies_before, by=job.get("by", ""))
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
         results[name] = gather(error)
