@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -92,7 +93,8 @@ class Meter:
         self._steps += 1
         self._samples += len(packed)
         self._tokens += len(packed.items)
-        self._squares += int(packed.offsets.diff().long().square().sum())
+        lengths = np.diff(packed.offsets.numpy()).astype(np.int64)
+        self._squares += int(lengths @ lengths)
 
     def add(self, losses: Sequence[LossSums], count: int) -> None:
         """One step of this rank; ``count`` is its part of what the loss is divided by."""
