@@ -187,7 +187,7 @@ def two_ranks(launch: Callable[..., list[str]], tmp_path_factory: pytest.TempPat
         jobs[str(zero)] = {"stage": stage, "config": to_dict(config), "slow": 0.1, "slow_rank": 1}
         folders[zero] = place / f"zero {zero}" / stage
     (place / "jobs.json").write_text(json.dumps(jobs))
-    printed = launch(2, [RUNS, str(place / "jobs.json")])[0]
+    printed = launch(2, [RUNS, str(place / "jobs.json")], timeout=280)[0]
     raised = json.loads(next(line for line in printed.splitlines() if line.startswith("RESULT "))[7:])
     assert raised == {str(zero): ["", ""] for zero in STAGES}
     return folders
