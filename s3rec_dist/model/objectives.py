@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 LOGITS_PER_CHUNK = 1 << 22
-"""Logits of an attribute or softmax loss that exist at a time."""
+"""Logits of a softmax loss that exist at a time."""
 
 
 def pairwise_loss(positive: torch.Tensor, negative: torch.Tensor, kind: str) -> torch.Tensor:
@@ -25,66 +25,18 @@ def binary_loss(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
     return (F.softplus(-positive.float()) + F.softplus(negative.float())).sum()
 
 
-def attribute_loss(
-    hidden: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, attributes: torch.Tensor
-) -> torch.Tensor:
-    """Multi-label binary cross-entropy of ``hidden`` [M, E] against every row of ``table`` [A, E], summed.
-
-    Row ``rows[i]`` of hidden has the attribute ``attributes[i]`` (int64 [P] each, no pair twice). It is
-    ``sum softplus(x)`` over logits x, those of positives negated, in chunks: nothing of size [M, A] is kept.
-    """
-    loss: torch.Tensor = _AttributeLoss.apply(hidden, table, rows, attributes)
-    return loss
-
-
-class _AttributeLoss(torch.autograd.Function):
-    """Computes the gradients in the forward pass, while the logits are there."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, attributes: torch.Tensor
-    ) -> torch.Tensor:
-        size = len(table)
-        chunk = max(LOGITS_PER_CHUNK // size, 1)
-        needs_grad = any(ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_table = torch.zeros_like(table, dtype=torch.float32) if needs_grad else None
-        # rows ascend, so that a chunk's positives are consecutive
-        cuts = torch.searchsorted(rows, torch.arange(0, len(hidden) + chunk, chunk, device=rows.device))
-        bounds = [0, len(rows)] if len(hidden) <= chunk else cuts.tolist()
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for i, start in enumerate(range(0, len(hidden), chunk)):
-            part = hidden[start : start + chunk]
-            logits = (part @ table.T).float()
-            pairs = (rows[bounds[i] : bounds[i + 1]] - start) * size + attributes[bounds[i] : bounds[i + 1]]
-            flat = logits.view(-1)
-            flat[pairs] *= -1
-            loss += F.softplus(logits).sum()
-            if grad_hidden is not None and grad_table is not None:
-                logits.sigmoid_()
-                flat[pairs] *= -1
-                grad = logits.to(hidden.dtype)
-                torch.mm(grad, table, out=grad_hidden[start : start + chunk])
-                grad_table += grad.T @ part
-        if grad_hidden is not None and grad_table is not None:
-            ctx.save_for_backward(grad_hidden, grad_table.to(table.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        return *_kept_gradients(ctx, grads[0]), None, None
-
-
 def softmax_loss(hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of ``hidden`` [M, E] against every row of ``table`` [N, E], summed; ``targets`` int64 [M].
 
-    Chunked like :func:`attribute_loss`: nothing of size [M, N] is kept.
+    In chunks: nothing of size [M, N] is kept.
     """
     loss: torch.Tensor = _SoftmaxLoss.apply(hidden, table, targets)
     return loss
 
 
 class _SoftmaxLoss(torch.autograd.Function):
+    """Computes the gradients in the forward pass, while the logits are there."""
+
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         chunk = max(LOGITS_PER_CHUNK // len(table), 1)
@@ -109,10 +61,5 @@ class _SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        return *_kept_gradients(ctx, grads[0]), None
-
-
-def _kept_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the forward pass saved, times the loss's own gradient."""
-    grad_hidden, grad_table = ctx.saved_tensors
-    return (grad_hidden * grad).to(grad_hidden.dtype), (grad_table * grad).to(grad_table.dtype)
+        grad_hidden, grad_table = ctx.saved_tensors
+        return (grad_hidden * grads[0]).to(grad_hidden.dtype), (grad_table * grads[0]).to(grad_table.dtype), None

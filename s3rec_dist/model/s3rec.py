@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from s3rec_dist.config import FinetuneConfig, ModelConfig, PretrainConfig
@@ -19,9 +20,13 @@ from s3rec_dist.data.dataset import ItemAttributes
 from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, pretrain_batch
 from s3rec_dist.data.stream import PackedSequences
 from s3rec_dist.hashing import hash64
+from s3rec_dist.kernels.attribute_loss import attribute_loss, attribute_pairs
 from s3rec_dist.model.dropout import DropoutKeys, dropout
 from s3rec_dist.model.encoder import SITES_PER_BLOCK, Block, Queries, position_ids
-from s3rec_dist.model.objectives import attribute_loss, binary_loss, pairwise_loss, softmax_loss
+from s3rec_dist.model.objectives import binary_loss, pairwise_loss, softmax_loss
+
+AttributeLists = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Which attributes rows have: items, offsets and values as :func:`attribute_loss` takes them."""
 
 ITEM_SEQ, ITEM_SEQ_LEN, ITEM_ID, NEG_ITEM_ID = "item_id_list", "item_length", "item_id", "neg_item_id"
 
@@ -142,8 +147,8 @@ class S3Rec(nn.Module):
             hidden[unmasked],
             hidden[batch.masked],
             hidden[tokens:].view(3, samples, hidden.shape[1]),
-            self._attribute_pairs(batch.original[unmasked]),
-            self._attribute_pairs(batch.original[batch.masked]),
+            self._attributes_of(batch.original[unmasked]),
+            self._attributes_of(batch.original[batch.masked]),
             batch.original[batch.masked],
             batch.negatives,
         )
@@ -153,24 +158,24 @@ class S3Rec(nn.Module):
         unmasked: torch.Tensor,
         masked: torch.Tensor,
         segments: torch.Tensor,
-        unmasked_pairs: tuple[torch.Tensor, torch.Tensor],
-        masked_pairs: tuple[torch.Tensor, torch.Tensor],
+        unmasked_attributes: AttributeLists,
+        masked_attributes: AttributeLists,
         positives: torch.Tensor,
         negatives: torch.Tensor,
     ) -> Losses:
         """From hidden states at unmasked [U, E] and masked [M, E] places and of the segment sequences
-        (context, positive, negative) [3, B, E]; pairs are (row, attribute) index lists."""
-        config, table = self.pretrain_config, self.attribute_embedding.weight
+        (context, positive, negative) [3, B, E]."""
+        config, table, backend = self.pretrain_config, self.attribute_embedding.weight, self.config.attention
         masked_item = self.mip_head(masked)
         context = self.sp_head(segments[0])
         terms = {
-            "aap": attribute_loss(self.aap_head(unmasked), table, *unmasked_pairs),
+            "aap": attribute_loss(self.aap_head(unmasked), table, *unmasked_attributes, backend=backend),
             "mip": pairwise_loss(
                 (masked_item * self.item_embedding(positives)).sum(-1),
                 (masked_item * self.item_embedding(negatives)).sum(-1),
                 config.pairwise,
             ),
-            "map": attribute_loss(self.map_head(masked), table, *masked_pairs),
+            "map": attribute_loss(self.map_head(masked), table, *masked_attributes, backend=backend),
             "sp": pairwise_loss((context * segments[1]).sum(-1), (context * segments[2]).sum(-1), config.pairwise),
         }
         total = torch.stack([getattr(config, f"{task}_weight") * loss for task, loss in terms.items()]).sum()
@@ -229,14 +234,8 @@ class S3Rec(nn.Module):
             return None
         return DropoutKeys.of(hash64(sample_keys, seed), sequence, positions)
 
-    def _attribute_pairs(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(row, attribute) index pairs of the attributes that ``items`` [M] have, int64 [P] each."""
-        begins, ends = self.attribute_offsets[items], self.attribute_offsets[items + 1]
-        counts = ends - begins
-        rows = torch.repeat_interleave(counts)
-        place = torch.arange(len(rows), device=items.device)
-        into = place + (begins - (counts.cumsum(0) - counts))[rows]
-        return rows, self.attribute_values[into]
+    def _attributes_of(self, items: torch.Tensor) -> AttributeLists:
+        return items, self.attribute_offsets, self.attribute_values
 
     @classmethod
     def from_pretrained(cls, folder: str) -> S3Rec:
@@ -298,7 +297,7 @@ class S3Rec(nn.Module):
         masked, masked_segment, pos_segment, neg_segment = map(padded, batch.items.view(4, -1))
         pos_items = padded(items)
         features = torch.zeros(batch_size * length, self.n_attributes + 1, dtype=torch.long, device=device)
-        features[self._attribute_pairs(pos_items.flatten())] = 1
+        features[attribute_pairs(*self._attributes_of(pos_items.flatten()))] = 1
         features = features.view(batch_size, length, -1)
         return features, masked, pos_items, padded(negatives), masked_segment, pos_segment, neg_segment
 
@@ -333,14 +332,12 @@ class S3Rec(nn.Module):
         is_unmasked = (masked_item_sequence != 0) & ~is_masked
         features = features.view(*pos_items.shape, -1)
         segments = [self.forward(s)[:, -1] for s in (masked_segment_sequence, pos_segment, neg_segment)]
-        unmasked_rows, unmasked_attributes = features[is_unmasked].nonzero(as_tuple=True)
-        masked_rows, masked_attributes = features[is_masked].nonzero(as_tuple=True)
         return self._task_losses(
             hidden[is_unmasked],
             hidden[is_masked],
             torch.stack(segments),
-            (unmasked_rows, unmasked_attributes),
-            (masked_rows, masked_attributes),
+            _lists_of(features[is_unmasked]),
+            _lists_of(features[is_masked]),
             pos_items[is_masked],
             neg_items[is_masked],
         )
@@ -381,6 +378,13 @@ def _offsets_of(lengths: torch.Tensor) -> torch.Tensor:
     """cu_seqlens, int32 [B + 1], of lengths [B]."""
     zero = torch.zeros(1, dtype=torch.int32, device=lengths.device)
     return torch.cat((zero, lengths.cumsum(0).int()))
+
+
+def _lists_of(features: torch.Tensor) -> AttributeLists:
+    """The attributes of each row of ``features`` [M, A], those that are not zero."""
+    rows, attributes = features.nonzero(as_tuple=True)
+    counts = rows.bincount(minlength=len(features))
+    return torch.arange(len(features), device=features.device), F.pad(counts.cumsum(0), (1, 0)), attributes
 
 
 def _roles(sample_keys: torch.Tensor, count: int) -> torch.Tensor:
