@@ -34,7 +34,7 @@ class Lists(NamedTuple):
 
     items: Any
     offsets: Any
-    values: Any
+    entries: Any
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -145,7 +145,7 @@ def _list_from(row: tl.tensor, is_row: tl.tensor, first: tl.tensor, lists: Lists
     longest = tl.max(end - low)
     while longest > 0:
         middle = (low + high) >> 1
-        is_below = tl.load(lists.values + middle, mask=low < high, other=first) < first
+        is_below = tl.load(lists.entries + middle, mask=low < high, other=first) < first
         high = tl.where(is_below, high, middle)
         low = tl.where(is_below, middle + 1, low)
         longest >>= 1
@@ -159,7 +159,7 @@ def _word(cursor: tl.tensor, end: tl.tensor, first: tl.tensor, lists: Lists, TIL
     found = tl.max(word) + GATHERED
     while found == GATHERED:
         at = cursor[:, None] + tl.arange(0, GATHERED)[None, :]
-        bit = tl.load(lists.values + at, mask=at < end[:, None], other=first + TILE).to(tl.int64) - first
+        bit = tl.load(lists.entries + at, mask=at < end[:, None], other=first + TILE).to(tl.int64) - first
         is_inside = bit < TILE
         word += tl.sum(tl.where(is_inside, (bit * 0 + 1) << (bit & 63), 0), 1)  # none twice
         count = tl.sum(is_inside.to(tl.int64), 1)
