@@ -25,9 +25,9 @@ def hash64(key: tl.tensor, counter: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def dot(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    """In fp32. The interpreter's own product of bf16 is wrong."""
+def dot(a: tl.tensor, b: tl.tensor, PRECISION: tl.constexpr = "ieee") -> tl.tensor:
+    """In fp32. ``PRECISION`` is of fp32 inputs. The interpreter's own product of bf16 is wrong."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
-        return tl.dot(a, b, input_precision="ieee")
+        return tl.dot(a, b, input_precision=PRECISION)

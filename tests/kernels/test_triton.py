@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +28,7 @@ triton = pytest.importorskip("triton", reason="needs the package triton")
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_CUDA else "cpu"
 needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 ERROR = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """fp32: roundings of sums. The others: probabilities, their gradients and the results are rounded to 11 and 8 bits,
@@ -37,15 +37,6 @@ which adds up to about half of this (the interpreter cuts off bits when it makes
 LENGTHS = (1, 2, 15, 16, 17, 50, 64, 65, 200)
 SHORT = (7, 0, 1, 16, 2, 33, 0, 9, 40, 3, 0)
 LONG = (3, 70, 0, 90, 1, 12)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_memory() -> Iterator[None]:
-    """torch.empty and its relatives give NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def alternating(lengths: tuple[int, ...]) -> tuple[bool, ...]:

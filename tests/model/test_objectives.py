@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3rec_dist.model import objectives
-from s3rec_dist.model.objectives import attribute_loss, binary_loss, pairwise_loss, softmax_loss
+from s3rec_dist.model.objectives import binary_loss, pairwise_loss, softmax_loss
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Relative to the largest value of each result. bf16: logits, and then what they are multiplied by, have 8 bits."""
@@ -28,15 +28,6 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def pairs_of(rows: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """(row, attribute) pairs, rows ascending; some rows have no attribute, one has all of them."""
-    has = torch.rand(rows, size, generator=torch.Generator().manual_seed(seed)) < 0.3
-    if rows > 2:
-        has[1], has[2] = False, True
-    row, attribute = has.nonzero(as_tuple=True)
-    return row, attribute
-
-
 def with_gradients(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     hidden: torch.Tensor,
@@ -48,13 +39,6 @@ def with_gradients(
     return value.detach(), *torch.autograd.grad(value * weight, (hidden, table))
 
 
-def dense_attribute_loss(hidden: torch.Tensor, table: torch.Tensor, pairs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    logits = hidden @ table.T
-    targets = torch.zeros_like(logits)
-    targets[pairs] = 1
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-
-
 def assert_results_equal(found: Result, expected: Result, dtype: torch.dtype) -> None:
     for name, actual, value in zip(("loss", "grad of hidden", "grad of table"), found, expected, strict=True):
         assert actual.dtype == (torch.float32 if name == "loss" else dtype), name
@@ -62,23 +46,6 @@ def assert_results_equal(found: Result, expected: Result, dtype: torch.dtype) ->
         scale = float(value.abs().max()) if value.numel() else 0.0
         error = float((actual.double() - value).abs().max()) if value.numel() else 0.0
         assert error <= TOLERANCE[dtype] * scale, f"{name}: off by {error} of {scale}"
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("rows", [1, 3, 29])
-def test_attribute_loss_is_the_binary_cross_entropy_against_every_attribute(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int, rows: int
-) -> None:
-    monkeypatch.setattr(objectives, "LOGITS_PER_CHUNK", chunk)
-    hidden, table, pairs = (
-        normal(rows, 16, seed=1, dtype=dtype),
-        normal(13, 16, seed=2, dtype=dtype),
-        pairs_of(rows, 13),
-    )
-    found = with_gradients(lambda h, t: attribute_loss(h, t, *pairs), hidden, table, 0.7)
-    expected = with_gradients(lambda h, t: dense_attribute_loss(h, t, pairs), hidden.double(), table.double(), 0.7)
-    assert_results_equal(found, expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -105,22 +72,16 @@ def test_softmax_loss_is_the_cross_entropy_against_every_item(
     seed=st.integers(0, 1000),
 )
 def test_the_size_of_a_chunk_changes_nothing(rows: int, size: int, chunk: int, seed: int) -> None:
-    hidden, table, pairs = normal(rows, 4, seed=seed), normal(size, 4, seed=seed + 1), pairs_of(rows, size, seed)
-    targets = torch.arange(rows) % size
+    hidden, table, targets = normal(rows, 4, seed=seed), normal(size, 4, seed=seed + 1), torch.arange(rows) % size
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objectives, "LOGITS_PER_CHUNK", chunk)
-        attributes = with_gradients(lambda h, t: attribute_loss(h, t, *pairs), hidden, table)
-        softmax = with_gradients(lambda h, t: softmax_loss(h, t, targets), hidden, table)
-    for found, dense in [
-        (attributes, lambda h, t: dense_attribute_loss(h, t, pairs)),
-        (softmax, lambda h, t: F.cross_entropy(h @ t.T, targets, reduction="sum")),
-    ]:
-        for actual, expected in zip(found, with_gradients(dense, hidden, table), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        found = with_gradients(lambda h, t: softmax_loss(h, t, targets), hidden, table)
+    expected = with_gradients(lambda h, t: F.cross_entropy(h @ t.T, targets, reduction="sum"), hidden, table)
+    for actual, value in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["attribute", "softmax"])
-def test_no_more_logits_than_a_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_no_more_logits_than_a_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objectives, "LOGITS_PER_CHUNK", 50)
     largest = 0
     product = torch.Tensor.__matmul__
@@ -134,64 +95,38 @@ def test_no_more_logits_than_a_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
     hidden, table = normal(30, 16, seed=1).requires_grad_(), normal(20, 16, seed=2).requires_grad_()
-    if name == "attribute":
-        attribute_loss(hidden, table, *pairs_of(30, 20)).backward()
-    else:
-        softmax_loss(hidden, table, torch.zeros(30, dtype=torch.int64)).backward()
+    softmax_loss(hidden, table, torch.zeros(30, dtype=torch.int64)).backward()
     assert 20 <= largest <= 50
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_without_rows_the_losses_are_zero_and_so_are_the_tables_gradients(dtype: torch.dtype) -> None:
-    none = torch.zeros(0, dtype=torch.int64)
+def test_without_rows_the_loss_is_zero_and_so_is_the_tables_gradient(dtype: torch.dtype) -> None:
     hidden, table = normal(0, 16, seed=1, dtype=dtype), normal(13, 16, seed=2, dtype=dtype)
-    for loss in (
-        lambda h, t: attribute_loss(h, t, none, none),
-        lambda h, t: softmax_loss(h, t, none),
-    ):
-        value, grad_hidden, grad_table = with_gradients(loss, hidden, table)
-        assert float(value) == 0 and grad_hidden.shape == (0, 16)
-        assert torch.equal(grad_table, torch.zeros_like(table))
-
-
-def test_rows_without_attributes_are_all_negatives() -> None:
     none = torch.zeros(0, dtype=torch.int64)
-    hidden, table = normal(5, 16, seed=1), normal(13, 16, seed=2)
-    loss = attribute_loss(hidden, table, none, none)
-    assert float(loss) == pytest.approx(float(F.softplus(hidden @ table.T).sum()), rel=1e-6)
+    value, grad_hidden, grad_table = with_gradients(lambda h, t: softmax_loss(h, t, none), hidden, table)
+    assert float(value) == 0 and grad_hidden.shape == (0, 16)
+    assert torch.equal(grad_table, torch.zeros_like(table))
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "table", "both"])
-def test_losses_are_the_same_where_one_side_or_none_learns(frozen: str) -> None:
-    hidden, table, pairs = normal(9, 16, seed=1), normal(13, 16, seed=2), pairs_of(9, 13)
-    targets = torch.arange(9)
-    for loss in (lambda h, t: attribute_loss(h, t, *pairs), lambda h, t: softmax_loss(h, t, targets)):
-        value, grad_hidden, grad_table = with_gradients(loss, hidden, table)
-        h = hidden.clone().requires_grad_(frozen == "table")
-        t = table.clone().requires_grad_(frozen == "hidden")
-        other = loss(h, t)
-        assert torch.equal(other.detach(), value)
-        assert other.requires_grad == (frozen != "both")
-        if frozen != "both":
-            other.backward()
-            learns, expected = (h, grad_hidden) if frozen == "table" else (t, grad_table)
-            assert learns.grad is not None and torch.equal(learns.grad, expected)
-
-
-def test_a_confident_and_right_attribute_loss_keeps_its_digits() -> None:
-    """Each of 900 logits costs e^-18: positives must not be subtracted from a sum that they dominate."""
-    is_positive = torch.eye(3).repeat(100, 1)
-    hidden, table = 36 * is_positive - 18, torch.eye(3)
-    loss = attribute_loss(hidden, table, *is_positive.nonzero(as_tuple=True))
-    assert float(loss) == pytest.approx(900 * math.log1p(math.exp(-18)), rel=1e-5)
+def test_the_loss_is_the_same_where_one_side_or_none_learns(frozen: str) -> None:
+    hidden, table, targets = normal(9, 16, seed=1), normal(13, 16, seed=2), torch.arange(9)
+    value, grad_hidden, grad_table = with_gradients(lambda h, t: softmax_loss(h, t, targets), hidden, table)
+    h = hidden.clone().requires_grad_(frozen == "table")
+    t = table.clone().requires_grad_(frozen == "hidden")
+    other = softmax_loss(h, t, targets)
+    assert torch.equal(other.detach(), value)
+    assert other.requires_grad == (frozen != "both")
+    if frozen != "both":
+        other.backward()
+        learns, expected = (h, grad_hidden) if frozen == "table" else (t, grad_table)
+        assert learns.grad is not None and torch.equal(learns.grad, expected)
 
 
 def test_logits_far_from_zero_stay_finite() -> None:
     hidden, table = normal(5, 16, seed=1) * 1e3, normal(13, 16, seed=2)
-    pairs, targets = pairs_of(5, 13), torch.arange(5)
-    for loss in (lambda h, t: attribute_loss(h, t, *pairs), lambda h, t: softmax_loss(h, t, targets)):
-        for value in with_gradients(loss, hidden, table):
-            assert value.isfinite().all()
+    for value in with_gradients(lambda h, t: softmax_loss(h, t, torch.arange(5)), hidden, table):
+        assert value.isfinite().all()
     for kind in ("original", "bpr"):
         assert pairwise_loss(torch.tensor([-1e4, 1e4]), torch.tensor([1e4, -1e4]), kind).isfinite()
     assert float(binary_loss(torch.tensor([-1e4]), torch.tensor([1e4]))) == 2e4

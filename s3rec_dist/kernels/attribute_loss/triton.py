@@ -12,7 +12,7 @@ PROGRAMS = 256
 """Where a kernel has fewer tiles than this, several programs share a tile's work; a constant, so that every GPU sums in
 the same order."""
 TILE_BYTES = 16 << 10
-"""Most bytes of a tile of rows: two of them, one twice over, and a tile of logits fit in 99 KiB of shared memory."""
+"""Most bytes of a tile of rows, unless that has but 16: of what registers and 99 KiB of shared memory hold."""
 
 
 def triton_loss(
@@ -27,7 +27,8 @@ def triton_loss(
     """See :func:`s3rec_dist.kernels.attribute_loss.reference.reference_loss`."""
     rows, attributes, features = len(hidden), len(table), hidden.shape[1]
     width = max(16, triton.next_power_of_2(features))
-    tile = min(64, max(16, TILE_BYTES // (width * hidden.element_size())))
+    size = hidden.element_size()
+    tile = max(16, min(64 if size == 2 else 32, TILE_BYTES // (width * size)))
     lists = Lists(items.contiguous(), offsets.contiguous(), values.contiguous())
     matrices = (_matrix(hidden), _matrix(table), lists)
     constants = {"E": features, "WIDTH": width, "TILE": tile, "num_warps": 8 if width > 128 else 4, "num_stages": 2}

@@ -7,14 +7,16 @@ part of its item's list that lies within the tile. Each number is written by one
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from s3rec_dist.kernels.triton_common import dot
+
 LOG2E = tl.constexpr(1.4426950408889634)
+PRECISION = tl.constexpr("tf32x3")
+"""Of fp32: products of three halves on tensor cores, within 4e-7; plain fp32 ones spill hundreds of registers here."""
 GATHERED = tl.constexpr(8)
 """Attributes of a row that are looked at together."""
 
@@ -68,10 +70,10 @@ def loss_and_grad_hidden(
         vectors = _load(table, column, is_column, E, WIDTH)
         word, cursor = _word(cursor, end, first, lists, TILE)
         is_positive = ((word[:, None] >> tl.arange(0, TILE)[None, :].to(tl.int64)) & 1) != 0
-        loss, weight = _loss_and_weight(_dot(states, tl.trans(vectors)), is_positive)
+        loss, weight = _loss_and_weight(dot(states, tl.trans(vectors), PRECISION), is_positive)
         total += tl.sum(tl.where(is_column[None, :], loss, 0.0), 1)
         if grads is not None:
-            grad += _dot(weight.to(vectors.dtype), vectors)
+            grad += dot(weight.to(vectors.dtype), vectors, PRECISION)
     tl.store(losses + part * tiles + tile, tl.sum(tl.where(is_row, total, 0.0)))
     if grads is not None:
         _store(grads + part.to(tl.int64) * rows * E, row, is_row, grad, E, WIDTH)
@@ -106,8 +108,8 @@ def grad_table(
         word, _ = _word(cursor, end, first, lists, TILE)
         # attributes down, rows across: the weights are the product's left side as they are
         is_positive = ((word[None, :] >> tl.arange(0, TILE)[:, None].to(tl.int64)) & 1) != 0
-        _, weight = _loss_and_weight(_dot(vectors, tl.trans(states)), is_positive)
-        grad += _dot(weight.to(states.dtype), states)
+        _, weight = _loss_and_weight(dot(vectors, tl.trans(states), PRECISION), is_positive)
+        grad += dot(weight.to(states.dtype), states, PRECISION)
     _store(grads + part.to(tl.int64) * attributes * E, column, is_column, grad, E, WIDTH)
 
 
@@ -182,12 +184,3 @@ def _store(
     feature = tl.arange(0, WIDTH)[None, :]
     at = data + rows.to(tl.int64)[:, None] * E + feature
     tl.store(at, values.to(data.dtype.element_ty), mask=wanted[:, None] & (feature < E))
-
-
-@triton.jit
-def _dot(a: tl.tensor, b: tl.tensor) -> tl.tensor:
-    """In fp32. The interpreter's own product of bf16 is wrong."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    else:
-        return tl.dot(a, b, input_precision="ieee")
