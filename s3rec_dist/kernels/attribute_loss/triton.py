@@ -11,6 +11,8 @@ from s3rec_dist.kernels.attribute_loss.triton_kernels import Lists, Matrix
 PROGRAMS = 256
 """Where a kernel has fewer tiles than this, several programs share a tile's work; a constant, so that every GPU sums in
 the same order."""
+TILE = {2: 64, 4: 32}
+"""Most rows of a tile, by the bytes of an element; 64 have their bits in a word."""
 TILE_BYTES = 16 << 10
 """Most bytes of a tile of rows, unless that has but 16: of what registers and 99 KiB of shared memory hold."""
 
@@ -28,7 +30,7 @@ def triton_loss(
     rows, attributes, features = len(hidden), len(table), hidden.shape[1]
     width = max(16, triton.next_power_of_2(features))
     size = hidden.element_size()
-    tile = max(16, min(64 if size == 2 else 32, TILE_BYTES // (width * size)))
+    tile = max(16, min(TILE[size], TILE_BYTES // (width * size)))
     lists = Lists(items.contiguous(), offsets.contiguous(), values.contiguous())
     matrices = (_matrix(hidden), _matrix(table), lists)
     constants = {"E": features, "WIDTH": width, "TILE": tile, "num_warps": 8 if width > 128 else 4, "num_stages": 2}
