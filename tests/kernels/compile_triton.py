@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from s3rec_dist.hashing import hash64
+from s3rec_dist.kernels.attribute_loss.triton import triton_loss
 from s3rec_dist.kernels.masked_attention.triton import triton_attention
 
 SHARED_BYTES = 99 << 10
@@ -32,6 +33,12 @@ CASES = [
     {"d": 128, "dtype": "bfloat16", "causal": "all", "p": 0.0, "max_seqlen": 50},
     {"d": 128, "dtype": "float32", "causal": "each", "p": 0.5, "max_seqlen": 512},
     {"d": 16, "dtype": "float16", "causal": "none", "p": 0.0, "max_seqlen": 7},
+]
+
+LOSS_CASES = [
+    {"features": 64, "dtype": "bfloat16"},
+    {"features": 100, "dtype": "float32"},
+    {"features": 512, "dtype": "float16"},
 ]
 
 
@@ -90,12 +97,19 @@ def compile_case(d: int, dtype: str, causal: str, p: float, max_seqlen: int) -> 
     out.sum().backward()
 
 
+def compile_loss(features: int, dtype: str) -> None:
+    """Loss and gradients of three rows, whose items have an attribute each, in parts."""
+    rows, table = (torch.randn(count, features, dtype=getattr(torch, dtype)) for count in (3, 700))
+    triton_loss(rows, table, torch.arange(3).int(), torch.arange(4), torch.arange(3), True, True)
+
+
 def main() -> None:
     machine = Machine(int(sys.argv[1]))
     driver.set_active(machine)
-    for case in CASES:
-        machine.case = case
-        compile_case(**case)
+    for cases, compile_one in ((CASES, compile_case), (LOSS_CASES, compile_loss)):
+        for case in cases:
+            machine.case = case
+            compile_one(**case)
 
 
 if __name__ == "__main__":

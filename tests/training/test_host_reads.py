@@ -23,6 +23,7 @@ from s3rec_dist.training.loop import Task
 META = torch.device("meta")
 
 LOSSES: dict[str, dict[str, Any]] = {
+    "pretrain": {},
     "finetune": {},
     "finetune bpr": {"finetune__loss": "bpr"},
     "finetune ce, last positions": {"finetune__loss": "ce", "finetune__positions": "last"},
