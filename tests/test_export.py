@@ -588,6 +588,7 @@ def test_padded_hidden_states_are_the_references_within_1e_4(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("parity", ["reference", "sdpa"], indirect=True)  # the packed test below has Triton's losses
 def test_padded_pretraining_losses_are_the_references_within_1e_4(parity: Parity) -> None:
     model = parity.model
     features = torch.zeros(*parity.golden["pos_items"].shape, model.n_attributes + 1, dtype=torch.long)

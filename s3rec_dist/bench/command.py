@@ -5,7 +5,7 @@
     s3rec bench evaluate --dataset data/beauty        # users/s of full ranking
     s3rec bench stream --dataset data/beauty          # sequences/s read, verified, decoded and packed, on one core
     s3rec bench resume                                # seconds to the middle of an epoch of a billion samples
-    s3rec bench kernels                               # attention beside its rivals, correctness first
+    s3rec bench kernels                               # attention and losses beside their rivals, correctness first
     s3rec bench prepare --events 5000000 50000000     # seconds, events/s and memory, by size of a synthetic log
 
 Weights are random, the work is real: the dataset is streamed, samples are reconstructed, the engine steps. Each
@@ -295,10 +295,12 @@ def _prepare(config: Config, dataset: None, world: World, args: argparse.Namespa
 
 
 def _kernels(config: Config, dataset: None, world: World, args: argparse.Namespace) -> Figures:
-    """Attention against its rivals, held against the definition first."""
+    """Attention and the attribute loss against their rivals, held against the definition first."""
     from s3rec_dist.bench.kernels import bench_kernels
+    from s3rec_dist.bench.losses import bench_losses
 
-    return bench_kernels(world.device, repetitions=args.repetitions)
+    figures = bench_kernels(world.device, repetitions=args.repetitions)
+    return figures | bench_losses(world.device, repetitions=args.repetitions)
 
 
 def _shown(value: float) -> str:
