@@ -6,6 +6,7 @@
     s3rec bench stream --dataset data/beauty          # sequences/s read, verified, decoded and packed, on one core
     s3rec bench resume                                # seconds to the middle of an epoch of a billion samples
     s3rec bench kernels                               # attention and losses beside their rivals, correctness first
+    s3rec bench step --batch-sizes 256 16384          # the step as a whole: time, tokens/s, kernels, idle share
     s3rec bench prepare --events 5000000 50000000     # seconds, events/s and memory, by size of a synthetic log
 
 Weights are random, the work is real: the dataset is streamed, samples are reconstructed, the engine steps. Each
@@ -23,22 +24,25 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from s3rec_dist.bench.step import BenchError, Steps, beauty_like, bench_step, endless, profile_steps
 from s3rec_dist.config import Config, load_config
 from s3rec_dist.data.dataset import ATTRIBUTES_SCHEMA, ITEMS_SCHEMA, Dataset, new_manifest
 from s3rec_dist.data.formats import WrittenGroup, WrittenShard
 from s3rec_dist.data.order import SampleSpec
-from s3rec_dist.data.stream import PackedSequences, Stream
+from s3rec_dist.data.stream import Stream
 from s3rec_dist.evaluation import evaluate
+from s3rec_dist.kernels.backends import BACKENDS
 from s3rec_dist.storage import Storage
-from s3rec_dist.training.engine import Engine, World, start
+from s3rec_dist.training.engine import World, start
 from s3rec_dist.training.loop import StageName, Task
 from s3rec_dist.training.tracking import peak_memory_mb
 
@@ -46,15 +50,13 @@ Figures = dict[str, list[float]]
 """What was measured, by name with unit: a value for each repetition."""
 
 
-class BenchError(ValueError):
-    """A benchmark that cannot be run; the message says what to change."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``s3rec bench``."""
     parser.add_argument("name", choices=list(BENCHMARKS), help="what to measure")
     parser.add_argument(
-        "--dataset", metavar="DIR", help="dataset that 's3rec prepare' wrote; resume, prepare and kernels need none"
+        "--dataset",
+        metavar="DIR",
+        help="dataset that 's3rec prepare' wrote; resume, prepare, kernels and step need none",
     )
     parser.add_argument("--config", metavar="FILE", help="settings of model and stage (default: the paper's)")
     parser.add_argument(
@@ -74,6 +76,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[5_000_000],
         metavar="N",
         help="prepare: sizes of the synthetic logs (default: 5000000)",
+    )
+    parser.add_argument(
+        "--batch-sizes",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="step: samples of a batch (default: 256, and on a GPU 4096, 16384 and 65536; to reach on an H100: 3 ms a "
+        "step at 256, 10 million real tokens/s at the best size)",
+    )
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=[*BACKENDS, "triton"],
+        metavar="NAME",
+        help="step: backends, of model.attention's values (default: the one that is set)",
     )
     parser.add_argument("--profile", action="store_true", help="also show which operations the time goes to")
     parser.add_argument(
@@ -122,7 +139,7 @@ def _reconstruct(config: Config, dataset: Dataset, world: World, args: argparse.
     task = Task(config, "pretrain", dataset, world.device)
     stream = task.stream(world)
     try:
-        batches = _endless(stream)
+        batches = endless(stream)
         ready = list(islice(batches, args.steps))
         size = sum(len(packed) for packed in ready)
 
@@ -143,38 +160,24 @@ def _reconstruct(config: Config, dataset: Dataset, world: World, args: argparse.
 def _train(stage: StageName) -> Callable[..., Figures]:
     def measure(config: Config, dataset: Dataset, world: World, args: argparse.Namespace) -> Figures:
         """Whole steps: batch, reconstruction, forward, backward, optimizer."""
-        task = Task(config, stage, dataset, world.device)
-        stream = task.stream(world)
-        engine = Engine(task.model(), task.losses, task.stage, config.engine, world)
+        training = Steps(config, stage, dataset, world)
         try:
-            batches = _endless(stream)
-            samples = tokens = 0
+            samples = items = 0
 
             def steps() -> None:
-                nonlocal samples, tokens
-                samples = tokens = 0
-                for step, packed in enumerate(islice(batches, args.steps)):
-                    parts = packed.split(task.stage.gradient_accumulation)
-                    engine.step(
-                        [task.batch(part, 0) for part in parts],
-                        count=max(task.count(packed), 1),
-                        learning_rate=task.stage.learning_rate,
-                        dropout_seed=task.dropout_seed(step),
-                    )
-                    samples += len(packed)
-                    tokens += len(packed.items)
+                nonlocal samples, items
+                samples, items = training.run(args.steps)
 
             figures: Figures = {"samples/s": [], "items/s": [], "steps/s": []}
             for _ in range(args.repetitions + 1):
                 seconds = _seconds(steps, world)
-                for name, count in (("samples/s", samples), ("items/s", tokens), ("steps/s", args.steps)):
+                for name, count in (("samples/s", samples), ("items/s", items), ("steps/s", args.steps)):
                     figures[name].append(count / seconds)
             if args.profile:
-                _profile(steps, args.steps)
+                print(profile_steps(steps, args.steps, world.device))
             return {name: values[1:] for name, values in figures.items()}  # the first one warmed up
         finally:
-            engine.close()
-            stream.close()
+            training.close()
 
     return measure
 
@@ -303,11 +306,26 @@ def _kernels(config: Config, dataset: None, world: World, args: argparse.Namespa
     return figures | bench_losses(world.device, repetitions=args.repetitions)
 
 
+def _step(config: Config, dataset: Dataset | None, world: World, args: argparse.Namespace) -> Figures:
+    """Whole pretraining steps by batch size and backend, and what their time goes to."""
+    sizes = args.batch_sizes or ([256] if world.device.type == "cpu" else [256, 4096, 16384, 65536])
+    with tempfile.TemporaryDirectory(prefix="s3rec-bench-") as folder:
+        return bench_step(
+            config,
+            dataset or beauty_like(Path(folder)),
+            world,
+            steps=args.steps,
+            repetitions=args.repetitions,
+            batch_sizes=sizes,
+            backends=args.backends or [config.model.attention],
+        )
+
+
 def _shown(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-WITHOUT_DATASET = ("resume", "prepare", "kernels")
+WITHOUT_DATASET = ("resume", "prepare", "kernels", "step")
 
 BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "reconstruct": _reconstruct,
@@ -318,24 +336,8 @@ BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "resume": _resume,
     "prepare": _prepare,
     "kernels": _kernels,
+    "step": _step,
 }
-
-
-def _endless(stream: Stream) -> Iterator[PackedSequences]:
-    """Full batches, epoch after epoch."""
-    epoch = 0
-    while True:
-        found = False
-        for packed in stream.iterate(epoch):
-            if len(packed) * stream.world_size == stream.batch_size:
-                found = True
-                yield packed
-        if not found:
-            raise BenchError(
-                f"{stream.dataset.path}: an epoch has {stream.samples_per_epoch} samples, less than one batch of "
-                f"{stream.batch_size}; lower the batch size"
-            )
-        epoch += 1
 
 
 def _repeat(call: Callable[[], Any], count: int, world: World, args: argparse.Namespace) -> list[float]:
@@ -349,18 +351,3 @@ def _seconds(call: Callable[[], Any], world: World) -> float:
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
     return time.perf_counter() - begin
-
-
-def _profile(steps: Callable[[], None], count: int) -> None:
-    """Prints the operations that take the most time of their own, per step."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with profile(activities=activities) as profiler:
-        steps()
-    averages = profiler.key_averages()
-    total = sum(a.self_cpu_time_total for a in averages)
-    print(f"{'operation':<40}{'ms a step':>10}{'share':>8}{'calls':>8}")
-    for a in sorted(averages, key=lambda a: -a.self_cpu_time_total)[:16]:
-        ms = a.self_cpu_time_total / 1000 / count
-        print(f"{a.key[:38]:<40}{ms:>10.2f}{a.self_cpu_time_total / total:>8.1%}{a.count / count:>8.0f}")

@@ -15,9 +15,10 @@ from runs import make_config, make_dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import BATCH, LEARNING_RATE, batch_of, make_engine
 
+from s3rec_dist.bench.step import Steps, without_host_waits
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.kernels import backends
-from s3rec_dist.training.engine import World
+from s3rec_dist.training.engine import World, start
 from s3rec_dist.training.loop import Task
 
 META = torch.device("meta")
@@ -100,3 +101,16 @@ def test_host_reads_are_counted() -> None:
         (x > 0).nonzero()
         x[x > 0]
     assert reads.count == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_on_a_gpu_nothing_waits_for_a_step(dataset: Dataset, tmp_path: Path, name: str, precision: str) -> None:
+    options = {"engine__device": "cuda", "engine__precision": precision, "model__hidden_size": 32, **LOSSES[name]}
+    config = make_config(Path(dataset.path), tmp_path, **options)
+    training = Steps(config, cast(Any, name.split()[0]), dataset, start(config.engine))
+    training.run(2)
+    with without_host_waits(training):
+        training.run(3)
+    training.close()
