@@ -141,6 +141,8 @@ class ModelConfig:
     attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
     """Backend of attention and of the operators around it, which have only ``triton`` and plain PyTorch; ``auto``
     picks the fastest for the device."""
+    activation_checkpointing: bool = False
+    """Keep only the blocks' inputs for the backward pass, which computes the rest again: less memory, more time."""
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "layers", "heads", "inner_size", "max_length"):
@@ -314,6 +316,9 @@ class EngineConfig:
     """``auto`` is bf16 on GPUs that have it, else fp32. Master weights are always fp32."""
     zero_stage: int = 0
     """ZeRO stage 0 to 3."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What lies in the host's memory instead of the GPU's: ``optimizer`` state and step (from ZeRO 1 on), or with
+    ``parameters`` these as well (ZeRO 3)."""
     deepspeed_config: str = ""
     """A DeepSpeed JSON file to merge in; what it contradicts is an error."""
     threads: int = 0
@@ -322,6 +327,12 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _within("engine.zero_stage", self.zero_stage, 0, 3)
         _at_least("engine.threads", self.threads, 0)
+        needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ConfigError(
+                f"engine.offload={self.offload} does not work with engine.zero_stage={self.zero_stage}; "
+                f"use engine.zero_stage={needed}" + (" or above" if needed < 3 else "")
+            )
         if self.device == "cpu" and self.precision == "fp16":
             raise ConfigError("engine.precision=fp16 does not run with engine.device=cpu; use bf16 or fp32")
 

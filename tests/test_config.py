@@ -194,6 +194,15 @@ def test_fp16_on_the_cpu_is_refused() -> None:
         load_config(None, ["engine.device=cpu", "engine.precision=fp16"])
 
 
+def test_offload_needs_a_zero_stage_that_has_it() -> None:
+    with pytest.raises(
+        ConfigError, match=r"offload=optimizer does not work with engine\.zero_stage=0; use .*=1 or above"
+    ):
+        load_config(None, ["engine.offload=optimizer"])
+    with pytest.raises(ConfigError, match=r"offload=parameters does not work with engine\.zero_stage=2; use .*=3$"):
+        load_config(None, ["engine.offload=parameters", "engine.zero_stage=2"])
+
+
 def test_pretraining_without_any_task_is_refused() -> None:
     weights = [f"pretrain.{task}_weight=0" for task in ("aap", "mip", "map", "sp")]
     assert load_config(None, weights[1:]).pretrain.aap_weight == 0.2

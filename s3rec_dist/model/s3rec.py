@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from s3rec_dist.config import FinetuneConfig, ModelConfig, PretrainConfig
 from s3rec_dist.data.dataset import ItemAttributes
@@ -119,7 +121,12 @@ class S3Rec(nn.Module):
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             site = 1 + i * SITES_PER_BLOCK
-            x = block(x, offsets, max_length, causal=causal, keys=keys, site=site, queries=queries if last else None)
+            run = partial(block, causal=causal, keys=keys, site=site, queries=queries if last else None)
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                # Dropout is hashed, so that computing again gives the same.
+                x = checkpoint(run, x, offsets, max_length, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = run(x, offsets, max_length)
         return x
 
     def pretrain_losses(self, batch: PretrainBatch, dropout_seed: int | None = None) -> Losses:

@@ -277,6 +277,8 @@ def deepspeed_config(stage: StageConfig, config: EngineConfig, world: World) -> 
     for key, (value, _) in ours.items():
         if not key.startswith(("optimizer", "torch_autocast", "train_batch_size", "zero_optimization.round_robin")):
             _put(merged, key, value)
+    for part in ("offload_optimizer", "offload_param")[: ("none", "optimizer", "parameters").index(config.offload)]:
+        merged["zero_optimization"].setdefault(part, {"device": "cpu", "pin_memory": world.device.type == "cuda"})
     if "offload_optimizer" in merged["zero_optimization"]:
         merged.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's Adam will do
     timers = merged.setdefault("timers", {})

@@ -588,7 +588,7 @@ _FREE = {
         "on_bad_shard",
         "max_bad_shards",
     },
-    "model": {"attention"},
+    "model": {"attention", "activation_checkpointing"},
     "stage": {
         "checkpoint_every_epochs",
         "checkpoint_every_steps",

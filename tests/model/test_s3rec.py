@@ -537,6 +537,19 @@ def test_a_dropout_seed_turns_dropout_on_repeats_and_differs_from_others(objecti
     assert losses_of(off, batch, 1).total.item() == total(None)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_activation_checkpointing_changes_no_bit_of_losses_and_gradients(objective: str) -> None:
+    """With dropout on, which computing again must repeat."""
+    batch, found = packed(histories(shortest=2)), []
+    for activation_checkpointing in (False, True):
+        model = model_of(objective, activation_checkpointing=activation_checkpointing)
+        loss = losses_of(model, batch, 5).total
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)])
+    assert len(found[0]) > 20
+    for plain, again in zip(*found, strict=True):
+        assert plain is again is None or torch.equal(plain, again)
+
+
 def test_a_samples_four_sequences_drop_independently(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample of one item is four times the same token but for the mask: each has bits of its own."""
     model = make_model()

@@ -15,9 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import start_process, wait_for
-from toy import BATCH, LEARNING_RATE, Toy, batch_of, make_engine, train
+from toy import BATCH, LEARNING_RATE, Toy, batch_of, make_engine, state_of, train
 
 from s3rec_dist.config import ConfigError, EngineConfig, FinetuneConfig, PretrainConfig
+from s3rec_dist.training import checkpoint
 from s3rec_dist.training.engine import World, deepspeed_config, learning_rate
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
@@ -105,6 +106,32 @@ def test_whole_weights_come_out_of_every_stage(world: World, stage: int, precisi
     assert engine.whole_model(Toy).losses(batch_of(99), None).total.item() != before
     assert all(math.isfinite(loss) for loss, _ in after_more)
     engine.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")]
+)
+def test_offload_changes_neither_the_curve_nor_a_checkpoint(
+    world: World, tmp_path: Path, stage: int, offload: Any, precision: Any
+) -> None:
+    """A run may also go on without it, in another stage."""
+    usual = make_engine(world, stage=stage, precision=precision)
+    expected = train(usual, range(8))
+    usual.close()
+    engine = make_engine(world, stage=stage, precision=precision, offload=offload)
+    assert engine._deepspeed.zero_offload_optimizer().device == "cpu"
+    assert (engine._deepspeed.zero_offload_param() is not None) == (offload == "parameters")
+    curve = train(engine, range(5))
+    checkpoint.save(engine, tmp_path, state_of(engine, 5), keep=1)
+    engine.close()
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    for changes in ({"stage": stage, "offload": offload}, {"stage": 2}):
+        again = make_engine(world, precision=precision, **changes)
+        checkpoint.load(again, found)
+        assert curve + train(again, range(5, 8)) == expected
+        again.close()
 
 
 def test_the_number_of_micro_batches_is_checked(world: World) -> None:

@@ -285,6 +285,16 @@ def test_two_processes_train_as_one_does_at_every_zero_stage(
         torch.testing.assert_close(meaningful(name, value), meaningful(name, expected[name]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("zero", range(4))
+def test_activation_checkpointing_trains_the_same_at_every_zero_stage(
+    dataset: Path, whole: dict[str, Path], tmp_path: Path, zero: int
+) -> None:
+    changes = {"finetune__epochs": 1, "model__activation_checkpointing": True, "engine__zero_stage": zero}
+    found = curve(run("finetune", make_config(dataset, tmp_path, **changes)))
+    assert len(found) == STEPS_PER_EPOCH["finetune"]
+    assert_close(found, {step: loss for step, loss in curve(whole["finetune"]).items() if step in found}, 1e-6)
+
+
 def meaningful(name: str, value: torch.Tensor) -> torch.Tensor:
     """All but the keys' bias: it cancels in the softmax, so that its gradient is rounding alone."""
     return value.view(3, -1)[[0, 2]] if name.endswith("qkv.bias") else value

@@ -54,12 +54,18 @@ def batch_of(step: int) -> torch.Tensor:
 
 
 def make_engine(
-    world: World, *, stage: int = 0, precision: Any = "fp32", accumulation: int = 1, **settings: Any
+    world: World,
+    *,
+    stage: int = 0,
+    precision: Any = "fp32",
+    offload: Any = "none",
+    accumulation: int = 1,
+    **settings: Any,
 ) -> Engine:
     train = PretrainConfig(
         batch_size=BATCH, gradient_accumulation=accumulation, learning_rate=LEARNING_RATE, **settings
     )
-    config = EngineConfig(device="cpu", threads=1, zero_stage=stage, precision=precision)
+    config = EngineConfig(device="cpu", threads=1, zero_stage=stage, precision=precision, offload=offload)
     return Engine(Toy(), Toy.losses, train, config, world)
 
 
