@@ -205,7 +205,13 @@ def flash_attention(inputs: Inputs) -> Rival:
 def rivals(device: torch.device) -> dict[str, Callable[[Inputs], Rival]]:
     """Those that run on this device, by name."""
     if device.type == "cpu":
-        return {"sdpa": lambda x: ours(x, "sdpa"), "reference": lambda x: ours(x, "reference")}
+        return {
+            "sdpa": lambda x: ours(x, "sdpa"),
+            "sdpa dropout": lambda x: ours(x, "sdpa", dropout_p=0.5),
+            "padded sdpa": padded_sdpa,
+            "jagged sdpa": jagged_sdpa,
+            "reference": lambda x: ours(x, "reference"),
+        }
     found: dict[str, Callable[[Inputs], Rival]] = {
         "triton": lambda x: ours(x, "triton"),
         "triton mixed masks": lambda x: ours(x, "triton", mixed=True),

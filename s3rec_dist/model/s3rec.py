@@ -151,8 +151,8 @@ class S3Rec(nn.Module):
         )
         unmasked = batch.unmasked
         return self._task_losses(
-            hidden[unmasked],
-            hidden[batch.masked],
+            hidden.index_select(0, unmasked),
+            hidden.index_select(0, batch.masked),
             hidden[tokens:].view(3, samples, hidden.shape[1]),
             self._attributes_of(batch.original[unmasked]),
             self._attributes_of(batch.original[batch.masked]),

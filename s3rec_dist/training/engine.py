@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import itertools
 import json
 import logging
@@ -44,6 +45,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 LARGEST_BUCKET = 50_000_000
 """Gradient elements that ZeRO reduces at a time, at most; smaller models take one bucket of their own size."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
 class EngineError(ValueError):
@@ -115,6 +118,7 @@ def choose_device(config: EngineConfig) -> torch.device:
         # oneDNN keeps a kernel for each of the last 1,024 shapes, and no two batches have the same: it never finds one
         # again, and what it keeps holds the freed tensors around it in the heap, hundreds of MB of them.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
+        _keep_freed_memory()
     if not is_launched() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise EngineError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT "
@@ -135,6 +139,13 @@ def _check_arrivals(meeting: Meeting, backends: Sequence[str | None]) -> None:
             f"{meeting.names(without)} trains on the CPU and the others on GPUs; 'python -c \"import torch; "
             "print(torch.cuda.is_available())\"' there should say True, or set engine.device=cpu for all"
         )
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what a step frees for the next one, which else may pay a page fault for each 4 KiB anew."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _import_deepspeed() -> Any:

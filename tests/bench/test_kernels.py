@@ -36,7 +36,8 @@ def test_variants_of_a_backend_are_held_against_the_same_variant(shape: bench.Sh
 
 def test_times_come_with_bandwidth_and_rate_for_each_repetition() -> None:
     figures = bench.bench_kernels(CPU, repetitions=2, measured=[SHAPE])
-    passes = [f"odd H2 D16 {name} {step}" for name in ("sdpa", "reference") for step in ("forward", "forward+backward")]
+    names = ("sdpa", "sdpa dropout", "padded sdpa", "jagged sdpa", "reference")
+    passes = [f"odd H2 D16 {name} {step}" for name in names for step in ("forward", "forward+backward")]
     assert set(figures) == {f"{name} {unit}" for name in passes for unit in ("us", "GB/s", "TFLOP/s")}
     assert all(len(values) == 2 and min(values) > 0 for values in figures.values())
     forward = "odd H2 D16 sdpa forward"

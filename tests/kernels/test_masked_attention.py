@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from s3rec_dist.hashing import hash64, keep_mask
 from s3rec_dist.kernels.backends import BACKENDS
-from s3rec_dist.kernels.masked_attention import masked_attention
+from s3rec_dist.kernels.masked_attention import masked_attention, sdpa
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2}
 """fp32: a few roundings of sums of up to 300 terms. bf16: scores, probabilities and their gradients are each rounded
@@ -448,6 +448,37 @@ def test_the_call_that_the_refused_ones_change_is_right() -> None:
 def test_tensors_that_do_not_fit_are_refused_with_what_was_expected(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+# The length buckets of sdpa
+
+
+@pytest.mark.parametrize("padding", [0, 1000, 1 << 40])
+@pytest.mark.parametrize("queries", [None, 1])
+def test_bucket_widths_change_no_result(monkeypatch: pytest.MonkeyPatch, padding: int, queries: int | None) -> None:
+    monkeypatch.setattr(sdpa, "PADDING_PER_BUCKET", padding)
+    subset = None if queries is None else last(queries, ODD_LENGTHS)
+    assert_backend_equals_the_reference(Case(ODD_LENGTHS, subset, False, 0.5), "sdpa")
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.booleans()), max_size=60), st.integers(1, 8))
+def test_a_bucket_pads_no_more_than_another_one_costs_and_as_much_as_it_may(
+    drawn: list[tuple[int, bool]], heads: int
+) -> None:
+    kinds = sorted((many and length > 1, length) for length, many in drawn)
+    cuts = sdpa._cuts(torch.tensor([length + (many << 32) for many, length in kinds], dtype=torch.int64), heads)
+    assert cuts[0] == 0 and cuts[-1] == len(kinds)
+
+    def padding(bucket: list[tuple[bool, int]]) -> int:
+        many, width = bucket[-1]
+        return sum(heads * (width - n) * ((width if many else 1) + sdpa.SCORES_PER_ROW) for _, n in bucket)
+
+    for first, end in itertools.pairwise(cuts):
+        bucket = kinds[first:end]
+        assert bucket[0][0] == bucket[-1][0] and padding(bucket) <= sdpa.PADDING_PER_BUCKET
+        if first and kinds[first - 1][0] == bucket[0][0]:
+            shorter = [kind for kind in kinds[:first] if kind == kinds[first - 1]]
+            assert padding(shorter + bucket) > sdpa.PADDING_PER_BUCKET
 
 
 # On a GPU

@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from s3rec_dist.hashing import keep_mask, keep_scale
 from s3rec_dist.kernels.masked_attention.dropout import row_keys
 
-STEPS_PER_OCTAVE = 2
-"""Bucket widths between a power of two and the next; more of them pad less and launch more."""
+PADDING_PER_BUCKET = 1 << 15
+"""Scores of padding that cost a CPU about as much as the calls of one more bucket."""
+SCORES_PER_ROW = 8
+"""What a padded row of keys costs besides its scores, in scores."""
 
 
 def sdpa_attention(
@@ -144,7 +146,7 @@ class _Plan:
 def _plan(cu: torch.Tensor, cu_q: torch.Tensor | None, max_seqlen: int, heads: int, count_q: int, count: int) -> _Plan:
     starts, lengths = cu[:-1].long(), cu.diff().long()
     starts_q, lengths_q = (starts, lengths) if cu_q is None else (cu_q[:-1].long(), cu_q.diff().long())
-    groups = _group(lengths, lengths_q, max_seqlen) if count else []
+    groups = _group(lengths, lengths_q, max_seqlen, heads) if count else []
     keys, key_slices = _side(starts, lengths, [(group[0], group[2]) for group in groups], heads, count)
     queries, query_slices = keys, key_slices
     if cu_q is not None:
@@ -166,27 +168,40 @@ def _plan(cu: torch.Tensor, cu_q: torch.Tensor | None, max_seqlen: int, heads: i
 
 
 def _group(
-    lengths: torch.Tensor, lengths_q: torch.Tensor, max_seqlen: int
+    lengths: torch.Tensor, lengths_q: torch.Tensor, max_seqlen: int, heads: int
 ) -> list[tuple[torch.Tensor, int, int, bool]]:
     """(sequences, most queries, most keys, whether there is padding) of each bucket."""
     if lengths.device.type != "cpu":
         everything = torch.arange(len(lengths), device=lengths.device)
         return [(everything, max_seqlen, max_seqlen, True)]
-    has_many = lengths_q > 1
-    order = torch.argsort(lengths + (has_many << 32), stable=True)
+    kind = lengths + ((lengths_q > 1) << 32)
+    order = torch.argsort(kind, stable=True)
     order = order[lengths[order] > 0]
-    by_length, has_many = lengths[order], has_many[order]
-    octave = (by_length.double().log2() * STEPS_PER_OCTAVE).ceil()
-    changes = (octave.diff() != 0) | (has_many.diff())
-    cuts = [0, *(changes.nonzero().squeeze(1) + 1).tolist(), len(order)]
+    by_length = lengths[order]
     groups = []
-    for first, last in itertools.pairwise(cuts):
-        if first == last:
-            continue
+    for first, last in itertools.pairwise(_cuts(kind[order], heads)):
         own, own_q = by_length[first:last], lengths_q[order[first:last]]
         most_q, most_k = int(own_q.max()), int(own[-1])
         groups.append((order[first:last], most_q, most_k, int(own[0]) < most_k or int(own_q.min()) < most_q))
     return groups
+
+
+def _cuts(kinds: torch.Tensor, heads: int) -> list[int]:
+    """Where buckets of n sorted sequences begin, and n; ``kinds`` [n] are lengths, plus 2^32 with many queries.
+
+    From its longest sequence down, a bucket takes in shorter ones until their padding costs more than another bucket.
+    """
+    distinct, counts = kinds.unique_consecutive(return_counts=True)
+    cuts: list[int] = []
+    at, of_many, width, padding = len(kinds), -1, 0, 0
+    for kind, count in zip(reversed(distinct.tolist()), reversed(counts.tolist()), strict=True):
+        many, length = divmod(kind, 1 << 32)
+        padding += count * heads * (width - length) * ((width if many else 1) + SCORES_PER_ROW)
+        if many != of_many or padding > PADDING_PER_BUCKET:
+            cuts.append(at)
+            of_many, width, padding = many, length, 0
+        at -= count
+    return [0, *reversed(cuts)]
 
 
 def _side(
