@@ -188,8 +188,10 @@ class StageConfig:
     """Epochs between checkpoints."""
     checkpoint_every_steps: int = 0
     """Steps between checkpoints inside an epoch; 0 is off."""
+    checkpoint_async: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory as large as a process's state."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, the best one aside."""
+    """Newest whole checkpoints kept, the best one aside."""
     log_every_steps: int = 50
     """Steps between logged training metrics."""
 

@@ -8,6 +8,7 @@
     s3rec bench kernels                               # attention and losses beside their rivals, correctness first
     s3rec bench step --batch-sizes 256 16384          # the step as a whole: time, tokens/s, kernels, idle share
     s3rec bench prepare --events 5000000 50000000     # seconds, events/s and memory, by size of a synthetic log
+    s3rec bench faults                                # a run that is killed 100 times, and 300 damaged checkpoints
 
 Weights are random, the work is real: the dataset is streamed, samples are reconstructed, the engine steps. Each
 figure is the median of several repetitions, with the slowest and the fastest beside it. The last line printed is
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset",
         metavar="DIR",
-        help="dataset that 's3rec prepare' wrote; resume, prepare, kernels and step need none",
+        help="dataset that 's3rec prepare' wrote; resume, prepare, kernels, step and faults need none",
     )
     parser.add_argument("--config", metavar="FILE", help="settings of model and stage (default: the paper's)")
     parser.add_argument(
@@ -92,6 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="step: backends, of model.attention's values (default: the one that is set)",
     )
+    for fault, count, what in (
+        ("kills", 100, "SIGKILLs"),
+        ("kills-in-saves", 30, "SIGKILLs, of them, while a checkpoint is written, at least"),
+        ("terms", 30, "SIGTERMs"),
+        ("corruptions", 300, "damaged checkpoints"),
+    ):
+        parser.add_argument(f"--{fault}", type=int, default=count, metavar="N", help=f"faults: {what} ({count})")
     parser.add_argument("--profile", action="store_true", help="also show which operations the time goes to")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, as in engine.threads=1 pretrain.batch_size=1024"
@@ -321,11 +329,21 @@ def _step(config: Config, dataset: Dataset | None, world: World, args: argparse.
         )
 
 
+def _faults(config: Config, dataset: Dataset | None, world: World, args: argparse.Namespace) -> Figures:
+    """A run of two processes, disturbed in every way."""
+    from s3rec_dist.bench.faults import Campaign, bench_faults
+
+    campaign = Campaign(
+        kills=args.kills, kills_in_saves=args.kills_in_saves, terms=args.terms, corruptions=args.corruptions
+    )
+    return bench_faults(config, campaign)
+
+
 def _shown(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-WITHOUT_DATASET = ("resume", "prepare", "kernels", "step")
+WITHOUT_DATASET = ("resume", "prepare", "kernels", "step", "faults")
 
 BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "reconstruct": _reconstruct,
@@ -337,6 +355,7 @@ BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "prepare": _prepare,
     "kernels": _kernels,
     "step": _step,
+    "faults": _faults,
 }
 
 

@@ -10,8 +10,10 @@
 
 A tag is written as ``.writing-TAG``, synced to disk, hashed, and renamed when every rank is done; then
 ``latest`` and ``best`` move, each by a rename. On other storage, where nothing can be renamed, every rank uploads
-what it wrote, and the manifest follows last: a tag without one is not there. Old tags lose it first. Loading trusts
-only what matches the manifest: a damaged tag is passed over, with a word about it, for the newest whole one.
+what it wrote, and the manifest follows last: a tag without one is not there. Old tags lose it first, and only whole
+ones count among those that are kept. All this happens in a thread, on a copy of the state, while training goes on.
+Loading trusts only what matches the manifest: a damaged tag is passed over, with a word about it, for the newest whole
+one.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,13 +36,22 @@ from safetensors.torch import load_file, save_file
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.formats import sha256_of, sync_file
 from s3rec_dist.storage import DamagedFile, Storage, in_parallel
-from s3rec_dist.training.engine import Engine, gather, on_rank_zero, together
+from s3rec_dist.training.engine import (
+    Engine,
+    EngineError,
+    background_group,
+    gather,
+    heeding_peers,
+    on_rank_zero,
+    together,
+)
 from s3rec_dist.training.relayout import read_adam_state
+from s3rec_dist.training.snapshot import HostCopies
 
 FOLDER = "checkpoints"
 SHARDS, WEIGHTS, STATE, MANIFEST = "deepspeed", "model.safetensors", "state.json", "manifest.json"
 _FORMAT = "s3rec_dist checkpoint"
-_WRITING, _OLD = ".writing-", ".old-"
+WRITING, _OLD = ".writing-", ".old-"
 _DESCRIBED = {"bytes": int, "sha256": str}
 """What a manifest says of a file."""
 
@@ -108,52 +120,136 @@ def tag_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(
-    engine: Engine,
-    folder: Path,
-    state: Mapping[str, Any],
-    *,
-    keep: int,
-    best: str | None = None,
-    remote: Remote | None = None,
-) -> str:
-    """Writes the tag of ``state["step"]`` into ``folder``, or by way of it to ``remote``, then removes all but the
-    ``keep`` newest and ``best``; returns the tag.
+class Saver:
+    """Writes a run's checkpoints into ``folder``, or by way of it to ``remote``, one at a time. In the background, a
+    thread writes a copy of the state while training goes on; the copy takes as much host memory as this rank's state,
+    for good.
 
-    All ranks call it, with the same arguments. Raises :class:`CheckpointError` on every rank where a write
-    fails on one, or a weight is not a finite number; earlier checkpoints and ``latest`` are untouched then.
+    All ranks call every method but :meth:`outcome` alike.
     """
-    tag = tag_of(state["step"])
-    draft = folder / f"{_WRITING}{tag}"
-    weights = engine.fp32_weights()
-    with together():
-        _check_finite(weights, tag)
-    try:
+
+    def __init__(self, engine: Engine, folder: Path, remote: Remote | None = None, *, background: bool = False) -> None:
+        self._engine, self._folder, self._remote = engine, folder, remote
+        self._known: set[str] = set()  # tags that were written or found whole by this process
+        self._copies = HostCopies() if background else None
+        self._group = background_group() if background else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._writing: Future[str] | None = None
+
+    def save(self, state: Mapping[str, Any], *, keep: int, best: str | None = None) -> str:
+        """Writes the tag of ``state["step"]``, then removes all but the ``keep`` newest whole ones and ``best``;
+        returns the tag.
+
+        Raises :class:`CheckpointError` on every rank where a write fails on one, or a weight is not a finite number;
+        earlier checkpoints and ``latest`` are untouched then.
+        """
+        self.begin(state, keep=keep, best=best)
+        assert self._writing is not None
+        return self._writing.result()
+
+    def begin(self, state: Mapping[str, Any], *, keep: int, best: str | None = None) -> None:
+        """As :meth:`save`, in the background if there is one, once the save before is done; :meth:`outcome` tells."""
+        self.wait()
+        weights = self._engine.fp32_weights()
         with together():
-            _make_room(folder, draft, tag, engine.world.rank, remote)
-        hashes: dict[str, dict[str, Any]] = {}
-        with together():
-            for path in engine.save_shards(draft / SHARDS):
-                hashes[str(path.relative_to(draft))] = describe(path)
-        with together():
-            if engine.world.rank == 0:
-                save_file(weights, draft / WEIGHTS, metadata={"format": "pt"})
-                sync_file(str(draft / WEIGHTS))
-                _write(draft / STATE, json.dumps(dict(state), indent=1))
-                hashes |= {name: describe(draft / name) for name in (WEIGHTS, STATE)}
-            if remote is not None:
-                remote.upload(draft, tag, hashes)
-        files = {name: entry for part in gather(hashes) for name, entry in part.items()}
-        on_rank_zero(lambda: _publish(folder, draft, tag, files, keep, best, remote))
-    except Exception as error:
-        if engine.world.rank == 0 if remote is None else remote.leads_host:
-            shutil.rmtree(draft, ignore_errors=True)
-        remedy = "make room or repair the disk" if remote is None else "see to the storage"
-        raise CheckpointError(
-            f"{remote.url if remote else folder}: could not write checkpoint {tag}: {error}. Earlier checkpoints are "
-            f"whole; {remedy}, and run the command again to go on from the newest"
-        ) from error
-    return tag
+            shards = self._engine.shards(self._copies)
+        if self._thread is not None:
+            self._writing = self._thread.submit(self._write, weights, shards, state, keep, best)
+            return
+        self._writing = Future()
+        try:
+            self._writing.set_result(self._write(weights, shards, state, keep, best))
+        except Exception as error:
+            self._writing.set_exception(error)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
+        if self._writing is not None:
+            wait([self._writing])
+
+    def outcome(self) -> str | BaseException | None:
+        """The tag that was written since this was last asked, or why it was not. None where there is nothing new."""
+        if self._writing is None or not self._writing.done():
+            return None
+        done, self._writing = self._writing, None
+        return done.exception() or done.result()
+
+    def close(self) -> None:
+        """Ends the thread once it has nothing to write."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _write(
+        self,
+        weights: dict[str, torch.Tensor],
+        shards: Mapping[str, Any],
+        state: Mapping[str, Any],
+        keep: int,
+        best: str | None,
+    ) -> str:
+        folder, remote, group, rank = self._folder, self._remote, self._group, self._engine.world.rank
+        tag = tag_of(state["step"])
+        draft = folder / f"{WRITING}{tag}"
+        with heeding_peers(), together(group):
+            _check_finite(weights, tag)
+        try:
+            with heeding_peers():
+                with together(group):
+                    _make_room(folder, draft, tag, rank, remote)
+                hashes: dict[str, dict[str, Any]] = {}
+                with together(group):
+                    for name, tree in shards.items():
+                        _write_tensors(draft / SHARDS / name, tree)
+                        hashes[f"{SHARDS}/{name}"] = describe(draft / SHARDS / name)
+                    if rank == 0:
+                        save_file(weights, draft / WEIGHTS, metadata={"format": "pt"})
+                        sync_file(str(draft / WEIGHTS))
+                        _write(draft / STATE, json.dumps(dict(state), indent=1))
+                        hashes |= {name: describe(draft / name) for name in (WEIGHTS, STATE)}
+                    if remote is not None:
+                        remote.upload(draft, tag, hashes)
+                files = {name: entry for part in gather(hashes, group) for name, entry in part.items()}
+                on_rank_zero(lambda: self._publish(draft, tag, files, keep, best), group)
+        except Exception as error:
+            if rank == 0 if remote is None else remote.leads_host:
+                shutil.rmtree(draft, ignore_errors=True)
+            if isinstance(error, EngineError):  # another process has stopped
+                raise
+            remedy = "make room or repair the disk" if remote is None else "see to the storage"
+            raise CheckpointError(
+                f"{remote.url if remote else folder}: could not write checkpoint {tag}: {error}. Earlier checkpoints "
+                f"are whole; {remedy}, and run the command again to go on from the newest"
+            ) from error
+        return tag
+
+    def _publish(self, draft: Path, tag: str, files: Mapping[str, Any], keep: int, best: str | None) -> None:
+        """Puts a tag in its place, and removes what is older than the ``keep`` newest whole ones."""
+        folder, remote = self._folder, self._remote
+        manifest = json.dumps({"format": _FORMAT, "version": 1, "files": dict(sorted(files.items()))}, indent=1)
+        if remote is None:
+            _write(draft / MANIFEST, manifest)
+            sync_file(str(draft / SHARDS))
+            sync_file(str(draft))
+            target = folder / tag
+            if target.exists():  # an earlier run's, passed over as damaged
+                target.rename(folder / f"{_OLD}{tag}")
+            draft.rename(target)
+            sync_file(str(folder))
+        else:
+            remote.storage.write(f"{remote.url}/{tag}/{MANIFEST}", f"{manifest}\n".encode())
+        self._known.add(tag)
+        _point(folder, "latest", tag, remote)
+        if best is not None:
+            _point(folder, "best", best, remote)
+        place, storage = (remote.url, remote.storage) if remote else (str(folder), Storage())
+        whole = 0
+        for other in _tags(place, storage):
+            # Tags after this one come from steps that are being trained again.
+            if other != best and (other > tag or whole >= keep):
+                _remove(folder, other, remote)
+            elif whole < keep and _is_whole(f"{place}/{other}", storage, hashes=other not in self._known):
+                self._known.add(other)
+                whole += 1
 
 
 def _check_finite(weights: Mapping[str, torch.Tensor], tag: str) -> None:
@@ -170,7 +266,7 @@ def _make_room(folder: Path, draft: Path, tag: str, rank: int, remote: Remote | 
     """Makes the draft's folder, and clears away what saves that were killed have left."""
     if remote is None and rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in [*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_OLD}*")]:
+        for leftover in [*folder.glob(f"{WRITING}*"), *folder.glob(f"{_OLD}*")]:
             shutil.rmtree(leftover)
         (draft / SHARDS).mkdir(parents=True)
     if remote is not None and remote.leads_host:
@@ -182,41 +278,34 @@ def _make_room(folder: Path, draft: Path, tag: str, rank: int, remote: Remote | 
                 remote.remove(other)
 
 
-def _publish(
-    folder: Path,
-    draft: Path,
-    tag: str,
-    files: Mapping[str, Any],
-    keep: int,
-    best: str | None,
-    remote: Remote | None,
-) -> None:
-    manifest = json.dumps({"format": _FORMAT, "version": 1, "files": dict(sorted(files.items()))}, indent=1)
-    if remote is None:
-        _write(draft / MANIFEST, manifest)
-        sync_file(str(draft / SHARDS))
-        sync_file(str(draft))
-        target = folder / tag
-        if target.exists():  # an earlier run's, passed over as damaged
-            target.rename(folder / f"{_OLD}{tag}")
-        draft.rename(target)
-        sync_file(str(folder))
-    else:
-        remote.storage.write(f"{remote.url}/{tag}/{MANIFEST}", f"{manifest}\n".encode())
-    _point(folder, "latest", tag, remote)
-    if best is not None:
-        _point(folder, "best", best, remote)
-    tags = _tags(remote.url, remote.storage) if remote else _tags(str(folder), Storage())
-    # Tags after this one come from steps that are being trained again.
-    for other in [t for t in tags if t > tag] + [t for t in tags if t <= tag][keep:]:
-        if other == best:
-            continue
-        if remote is None:
-            old = folder / f"{_OLD}{other}"
-            (folder / other).rename(old)
-            shutil.rmtree(old)
+def _remove(folder: Path, tag: str, remote: Remote | None) -> None:
+    if remote is not None:
+        remote.remove(tag)
+        return
+    old = folder / f"{_OLD}{tag}"
+    (folder / tag).rename(old)
+    shutil.rmtree(old)
+
+
+def _is_whole(folder: str, storage: Storage, *, hashes: bool) -> bool:
+    """Whether a checkpoint's files have the sizes of its manifest and, locally with ``hashes``, their contents."""
+    try:
+        if hashes and storage.local(folder) is not None:
+            verify(folder)
         else:
-            remote.remove(other)
+            with _told_as_damage():
+                files = _files_of(folder, storage)
+                return all(storage.size(f"{folder}/{name}") == entry["bytes"] for name, entry in files.items())
+    except CheckpointError:
+        return False
+    return True
+
+
+def _write_tensors(path: Path, tree: Any) -> None:
+    with open(path, "wb") as file:
+        torch.save(tree, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _tags(folder: str, storage: Storage) -> list[str]:

@@ -26,7 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -38,6 +38,7 @@ from s3rec_dist.config import ConfigError, EngineConfig, PretrainConfig, StageCo
 from s3rec_dist.training.phases import Collectives, PhaseClock
 from s3rec_dist.training.relayout import MOMENTS, AdamState
 from s3rec_dist.training.rendezvous import Meeting, is_launched
+from s3rec_dist.training.snapshot import HostCopies
 
 T = TypeVar("T")
 
@@ -169,17 +170,23 @@ def _leave() -> None:
             time.sleep(0.2)
 
 
-def gather(value: T) -> list[T]:
+@cache
+def background_group() -> dist.ProcessGroup | None:
+    """All ranks, for a thread that talks to the other ranks' while training goes on. All ranks must call it."""
+    return dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+
+
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """Every rank's ``value``, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """A block that fails on every rank where it fails on one, with the first failing rank's exception.
 
     Without it, the other ranks would wait for the failed one in their next collective. The block itself
@@ -190,20 +197,20 @@ def together() -> Iterator[None]:
         yield
     except Exception as raised:
         error = raised
-    errors = gather(_portable(error))
+    errors = gather(_portable(error), group)
     if error is not None:
         raise error
     if (first := next((e for e in errors if e is not None), None)) is not None:
         raise first
 
 
-def on_rank_zero(function: Callable[[], T]) -> T:
+def on_rank_zero(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs ``function`` on rank 0 alone; every rank gets its result or its exception."""
     results: list[T] = []
-    with together():
+    with together(group):
         if not dist.is_initialized() or dist.get_rank() == 0:
             results.append(function())
-    return gather(results)[0][0]
+    return gather(results, group)[0][0]
 
 
 @contextlib.contextmanager
@@ -407,11 +414,9 @@ class Engine:
             self._deepspeed.enable_backward_allreduce = False  # nothing to sum, and the copies cost milliseconds
         self.clock = PhaseClock(world.device)
         self.collectives = Collectives(_import_deepspeed().comm.comm.cdb, self.clock)
-        self._written: list[Path] = []
-        self._write_error: Exception | None = None
         writer = self._deepspeed.checkpoint_engine
-        writer.save = self._write_shard
-        writer.makedirs = self._make_folder
+        writer.save = self._keep_shard
+        writer.makedirs = lambda path, exist_ok=False: None
         self._deepspeed._copy_recovery_script = lambda folder: None  # model.safetensors is there instead
         self._fp32_copy: nn.Module | None = None
 
@@ -494,19 +499,15 @@ class Engine:
         self._fp32_copy.load_state_dict(self.fp32_weights(everywhere=True))
         return self._fp32_copy
 
-    def save_shards(self, folder: Path) -> list[Path]:
-        """Writes DeepSpeed's state into ``folder``, synced to disk; returns the files that this rank wrote.
-
-        All ranks must call it. A write that fails on one rank raises on that rank, after every rank is done.
-        """
-        self._written, self._write_error = [], None
-        self._deepspeed.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        if self._write_error is not None:
-            raise self._write_error
-        return self._written
+    def shards(self, copies: HostCopies | None = None) -> dict[str, Any]:
+        """DeepSpeed's state, by the names of the files that this rank is to write with ``torch.save``: the tensors
+        that training goes on with, or ``copies`` of them. All ranks must call it."""
+        self._shards: dict[str, Any] = {}
+        self._deepspeed.save_checkpoint("nowhere", tag="none", save_latest=False)
+        return self._shards if copies is None else copies.of(self._shards)
 
     def load_shards(self, folder: Path) -> None:
-        """Restores what :meth:`save_shards` wrote, at the same world size (any under stage 0) and ZeRO stage."""
+        """Restores what :meth:`shards` gave, at the same world size (any under stage 0) and ZeRO stage."""
         path, _ = self._deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         if path is None:
             raise EngineError(f"{folder}: DeepSpeed found no checkpoint in it")
@@ -570,23 +571,9 @@ class Engine:
         padded = nn.functional.pad(whole.flatten(), (0, share * self.world.size - whole.numel()))
         return padded.narrow(0, share * self.world.rank, share)
 
-    def _write_shard(self, state_dict: Any, path: str) -> None:
-        """Takes the place of DeepSpeed's writer. An exception here would leave the other ranks waiting in the
-        barrier that follows, so it is kept for :meth:`save_shards`."""
-        try:
-            with open(path, "wb") as file:
-                torch.save(state_dict, file)
-                file.flush()
-                os.fsync(file.fileno())
-            self._written.append(Path(path))
-        except Exception as error:
-            self._write_error = error
-
-    def _make_folder(self, path: str, exist_ok: bool = False) -> None:
-        try:
-            os.makedirs(path, exist_ok=exist_ok)
-        except OSError as error:
-            self._write_error = error
+    def _keep_shard(self, state_dict: Any, path: str) -> None:
+        """Takes the place of DeepSpeed's writer."""
+        self._shards[Path(path).name] = state_dict
 
     def close(self) -> None:
         """Lets go of the model's hooks and buffers."""

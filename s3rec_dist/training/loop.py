@@ -295,8 +295,10 @@ class _Training:
         self.meter = Meter(self.engine, task.flops)
         self.stragglers = Stragglers()
         self.profile, self.profiler = profile, StepProfiler(profile, folder.local, world.rank)
+        self.saver = checkpoint.Saver(self.engine, *folder.checkpoints, background=self.stage.checkpoint_async)
         self.step = 0
         self.saved_step = -1
+        self.save_error: BaseException | None = None
         self.owes_epoch_end = False  # an epoch's last step is done, its validation not
         self.best: dict[str, Any] | None = None
         self.since_best = 0
@@ -341,6 +343,7 @@ class _Training:
             self.train_epoch(self.step // self.steps_per_epoch)
         if self.saved_step != self.step:
             self.save()
+        self.finish_save()
         if self.best is not None:
             self.tracker.event("best", **{k: self.best[k] for k in ("metric", "value", "epoch")})
         epochs = round(self.step / self.steps_per_epoch, 2)
@@ -383,6 +386,7 @@ class _Training:
             self.tracker.progress(self.step)
             if self.profile:
                 self.keep_profile()
+            self.tell_of_save()
             ends_epoch = in_epoch + 1 == self.steps_per_epoch
             if number := self.preemption.agreed(self.world):
                 self.owes_epoch_end = ends_epoch
@@ -490,13 +494,15 @@ class _Training:
         preempted = Preempted(number)
         if self.saved_step != self.step:
             self.save(keep_more=1)  # should this one be written again after its validation, another is whole meanwhile
+        self.finish_save()
         tag = checkpoint.tag_of(self.step)
         self.tracker.event("preempted", step=self.step, signal=preempted.signal, checkpoint=tag, status=STATUS)
         raise preempted
 
     def save(self, keep_more: int = 0) -> None:
-        """Writes a checkpoint of where training stands."""
+        """Begins a checkpoint of where training stands."""
         self.meter.check(self.step)
+        self.finish_save()
         dataset = self.task.dataset
         state = {
             "stage": self.task.name,
@@ -516,22 +522,34 @@ class _Training:
             "version": s3rec_dist.__version__,
         }
         best = checkpoint.tag_of(self.best["step"]) if self.best else None
-        place, remote = self.folder.checkpoints
-        try:
-            on_rank_zero(self.folder.keep)  # before the checkpoint: a run that goes on from it has what led to it
-            keep = self.stage.keep_checkpoints + keep_more
-            tag = checkpoint.save(self.engine, place, state, keep=keep, best=best, remote=remote)
-        except CheckpointError as error:
-            with contextlib.suppress(OSError):  # the same full disk
-                self.tracker.event("checkpoint_failed", step=self.step, reason=str(error))
-            raise
+        on_rank_zero(self.folder.keep)  # before the checkpoint: a run that goes on from it has what led to it
+        self.saver.begin(state, keep=self.stage.keep_checkpoints + keep_more, best=best)
         self.saved_step = self.step
-        self.tracker.event("checkpoint", step=self.step, tag=tag)
+        if not self.stage.checkpoint_async:
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Waits for the checkpoint in writing, if there is one, and raises what has gone wrong with it."""
+        self.saver.wait()
+        self.tell_of_save()
+        if self.save_error is not None:
+            raise self.save_error
+
+    def tell_of_save(self) -> None:
+        """Tells of the checkpoint in writing once it is written or has failed, which all ranks raise together later."""
+        outcome = self.saver.outcome()
+        if isinstance(outcome, str):
+            self.tracker.event("checkpoint", step=self.saved_step, tag=outcome)
+        elif outcome is not None:
+            self.save_error = outcome
+            with contextlib.suppress(OSError):  # the same full disk
+                self.tracker.event("checkpoint_failed", step=self.saved_step, reason=str(outcome))
 
     def close(self) -> None:
-        """Stops the reading threads and lets go of DeepSpeed."""
+        """Stops the reading and writing threads and lets go of DeepSpeed."""
         self.profiler.close()
         self.stream.close()
+        self.saver.close()
         self.engine.close()
 
 
@@ -592,6 +610,7 @@ _FREE = {
     "stage": {
         "checkpoint_every_epochs",
         "checkpoint_every_steps",
+        "checkpoint_async",
         "keep_checkpoints",
         "log_every_steps",
         "gradient_accumulation",

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from toy import Toy, make_engine, state_of, train
 
 from s3rec_dist.training import checkpoint
-from s3rec_dist.training.checkpoint import CheckpointError
+from s3rec_dist.training.checkpoint import CheckpointError, Saver
 from s3rec_dist.training.engine import Engine, World
 
 
 def save(engine: Engine, folder: Path, step: int, **options: Any) -> Path:
-    return folder / checkpoint.save(engine, folder, state_of(engine, step), **{"keep": 9, **options})
+    return folder / Saver(engine, folder).save(state_of(engine, step), **{"keep": 9, **options})
 
 
 def load_newest(engine: Engine, folder: Path) -> checkpoint.Checkpoint:
@@ -164,7 +164,7 @@ def test_steps_that_are_trained_again_replace_what_was_there(saved: tuple[Engine
     assert found is not None and found.state["step"] == 3 and not found.damaged
 
 
-@pytest.mark.parametrize("point", ["save_file", "describe", "_publish", "sync_file", "Path.rename"])
+@pytest.mark.parametrize("point", ["save_file", "describe", "sync_file", "Saver._publish", "Path.rename"])
 def test_a_failing_save_leaves_earlier_checkpoints_and_nothing_else(
     saved: tuple[Engine, Path], monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
@@ -175,10 +175,8 @@ def test_a_failing_save_leaves_earlier_checkpoints_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        if point == "Path.rename":
-            patch.setattr(Path, "rename", fail)
-        else:
-            patch.setattr(checkpoint, point, fail)
+        owner, _, name = point.rpartition(".")
+        patch.setattr({"": checkpoint, "Saver": Saver, "Path": Path}[owner], name, fail)
         with pytest.raises(CheckpointError, match=r"could not write checkpoint step-00000006.*No space left"):
             save(engine, folder, 6)
     assert contents(folder) == before
@@ -216,7 +214,7 @@ def test_a_run_killed_at_any_moment_leaves_a_whole_checkpoint(tmp_path: Path) ->
         "import sys, pathlib\nfrom toy import make_engine, state_of\nfrom s3rec_dist.training import checkpoint\n"
         "from s3rec_dist.training.engine import start\nfrom s3rec_dist.config import EngineConfig\n"
         "engine = make_engine(start(EngineConfig(device='cpu', threads=1)))\nfolder = pathlib.Path(sys.argv[1])\n"
-        "for step in range(1, 100000):\n    checkpoint.save(engine, folder, state_of(engine, step), keep=2)\n"
+        "for step in range(1, 100000):\n    checkpoint.Saver(engine, folder).save(state_of(engine, step), keep=2)\n"
     )
     path = os.pathsep.join((str(Path(__file__).parent), str(Path(__file__).parents[2])))
     for delay in (0.3, 0.317, 0.34):
@@ -251,7 +249,7 @@ def test_several_ranks_save_resume_and_fail_together(toy_result: Callable[..., A
 
 def test_another_precision_is_refused_with_the_remedy(world: World, tmp_path: Path) -> None:
     engine = make_engine(world, stage=1)
-    checkpoint.save(engine, tmp_path, {**state_of(engine, 1), "precision": "bf16"}, keep=1)
+    Saver(engine, tmp_path).save({**state_of(engine, 1), "precision": "bf16"}, keep=1)
     with pytest.raises(CheckpointError) as error:
         load_newest(engine, tmp_path)
     words = ["precision bf16, this run has fp32", "engine.precision=bf16", "--no_resume"]
@@ -292,7 +290,7 @@ def test_another_zero_stage_goes_on_from_before_the_first_step(
 
 def test_without_zero_the_world_size_may_change(world: World, tmp_path: Path) -> None:
     engine = make_engine(world)
-    checkpoint.save(engine, tmp_path, {**state_of(engine, 1), "world_size": 4}, keep=1)
+    Saver(engine, tmp_path).save({**state_of(engine, 1), "world_size": 4}, keep=1)
     load_newest(engine, tmp_path)
     engine.close()
 

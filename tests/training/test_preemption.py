@@ -60,7 +60,7 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 def test_a_signal_at_any_moment_leaves_a_whole_checkpoint_and_the_run_goes_on_bit_by_bit(
     dataset: Path, undisturbed: Path, tmp_path: Path, moment: str, number: signal.Signals
 ) -> None:
-    config = make_config(dataset, tmp_path)
+    config = make_config(dataset, tmp_path, finetune__checkpoint_async=False)  # else steps go on during a save
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)]
     with signalled(moment, number), pytest.raises(Preempted) as left:
         run("finetune", config)
@@ -120,6 +120,7 @@ def test_two_processes_leave_together_after_the_same_step_and_go_on_bit_by_bit(
     jobs = {}
     for rank, moment, zero, step in cases:  # -1: both have the signal
         settings: dict[str, Any] = {"engine__zero_stage": zero, "finetune__epochs": 4}
+        settings["finetune__checkpoint_async"] = False  # else steps go on during a save
         output = tmp_path / moment
         command = ["finetune", *arguments(dataset, output, **settings)]
         outputs = launch(2, [SCRIPT, str(rank), moment, "SIGTERM", *command], expect=75)

@@ -44,7 +44,7 @@ from s3rec_dist.model import S3Rec
 from s3rec_dist.recommend import Counts, RecommendError, recommend
 from s3rec_dist.storage import Storage, StorageError
 from s3rec_dist.training import checkpoint
-from s3rec_dist.training.checkpoint import CheckpointError, Remote
+from s3rec_dist.training.checkpoint import CheckpointError, Remote, Saver
 from s3rec_dist.training.engine import World
 from s3rec_dist.training.preemption import Preempted
 
@@ -146,7 +146,7 @@ class Site:
 
     def save(self, step: int, *, best: int, keep: int = 2) -> None:
         options = {"keep": keep, "best": checkpoint.tag_of(best)}
-        checkpoint.save(self.engine, self.folder / "here", state_of(self.engine, step), remote=self.remote, **options)
+        Saver(self.engine, self.folder / "here", self.remote).save(state_of(self.engine, step), **options)
 
     def newest(self) -> checkpoint.Checkpoint | None:
         """As another machine sees it."""
@@ -175,7 +175,7 @@ def test_a_run_goes_on_bit_by_bit_from_what_was_uploaded(site: Site, world: Worl
 
 
 def test_the_bucket_holds_what_a_local_folder_would(site: Site, tmp_path: Path) -> None:
-    checkpoint.save(site.engine, tmp_path / "local", state_of(site.engine, 6), keep=2, best=checkpoint.tag_of(6))
+    Saver(site.engine, tmp_path / "local").save(state_of(site.engine, 6), keep=2, best=checkpoint.tag_of(6))
     local = {str(p.relative_to(tmp_path / "local")) for p in (tmp_path / "local").rglob("*") if p.is_file()}
     tags = ("step-00000002", "step-00000004", "step-00000006")
     one = {name for name in local if name.startswith("step-")}
@@ -341,7 +341,7 @@ def test_a_run_that_died_goes_on_bit_by_bit_on_another_machine(
 def test_a_preempted_run_goes_on_bit_by_bit_on_another_machine_and_in_another_zero_stage(
     dataset: Path, whole: dict[str, Path], bucket: str, tmp_path: Path
 ) -> None:
-    changes: dict[str, Any] = {"finetune__pretrained": str(whole["pretrain"])}
+    changes: dict[str, Any] = {"finetune__pretrained": str(whole["pretrain"]), "finetune__checkpoint_async": False}
     for number, moment in enumerate(("save", "end of an epoch")):
         config = config_at(dataset, bucket, tmp_path / str(number), engine__zero_stage=3 * number, **changes)
         with signalled(moment), pytest.raises(Preempted):
@@ -649,7 +649,7 @@ def test_a_run_killed_at_any_moment_leaves_a_whole_checkpoint_on_s3(s3: S3Server
         "from s3rec_dist.config import EngineConfig\n"
         "engine = make_engine(start(EngineConfig(device='cpu', threads=1)))\nfolder = pathlib.Path(sys.argv[1])\n"
         "remote = checkpoint.Remote(sys.argv[2], Storage(), True)\nfor step in range(1, 100000):\n"
-        "    checkpoint.save(engine, folder, state_of(engine, step), keep=2, remote=remote)\n"
+        "    checkpoint.Saver(engine, folder, remote).save(state_of(engine, step), keep=2)\n"
     )
     path = os.pathsep.join((str(Path(__file__).parent), str(Path(__file__).parents[2])))
     processes = []
@@ -674,7 +674,7 @@ def test_a_run_killed_at_any_moment_leaves_a_whole_checkpoint_on_s3(s3: S3Server
         found = checkpoint.newest(tmp_path / f"found {i}", remote)
         assert found is not None and found.state["step"] >= 1
         assert all("manifest.json: is missing" in reason for reason in found.damaged)
-        checkpoint.save(engine, tmp_path / "next", state_of(engine, found.state["step"] + 1), keep=2, remote=remote)
+        Saver(engine, tmp_path / "next", remote).save(state_of(engine, found.state["step"] + 1), keep=2)
         assert {name.split("/")[0] for name in names(remote.url) if name.endswith("/state.json")} == {
             found.folder.name,
             checkpoint.tag_of(found.state["step"] + 1),

@@ -132,11 +132,11 @@ def saves(world: World, folder: Path) -> dict[str, Any]:
         place = folder / str(stage)
         engine = make_engine(world, stage=stage)
         train(engine, range(4))
-        checkpoint.save(engine, place, state_of(engine, 4), keep=2)
+        checkpoint.Saver(engine, place).save(state_of(engine, 4), keep=2)
         going_on = train(engine, range(4, 8))
         (blocked := _Full(world.rank == 1 and stage > 0)).install()
         try:
-            checkpoint.save(engine, place, state_of(engine, 8), keep=2)
+            checkpoint.Saver(engine, place).save(state_of(engine, 8), keep=2)
             error = ""
         except checkpoint.CheckpointError as raised:
             error = str(raised)
