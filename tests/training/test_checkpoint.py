@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,13 @@ def load_newest(engine: Engine, folder: Path) -> checkpoint.Checkpoint:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 @pytest.fixture
@@ -103,12 +111,10 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_whole_one(
 ) -> None:
     _, folder = saved
     path = folder / "step-00000004" / name
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
     if damage == "one bit":
-        path.write_bytes(data)
+        flip(path)
     elif damage == "cut short":
-        path.write_bytes(data[: len(data) // 2])
+        os.truncate(path, path.stat().st_size // 2)
     else:
         path.unlink()
     found = checkpoint.newest(folder)
@@ -162,6 +168,78 @@ def test_steps_that_are_trained_again_replace_what_was_there(saved: tuple[Engine
     save(engine, folder, 3)
     found = checkpoint.newest(folder)
     assert found is not None and found.state["step"] == 3 and not found.damaged
+
+
+def test_only_whole_checkpoints_count_among_those_that_are_kept(world: World, tmp_path: Path) -> None:
+    engine = make_engine(world)
+    for step in (1, 2, 3, 4):
+        save(engine, tmp_path, step)
+    flip(tmp_path / "step-00000003" / "model.safetensors")  # before this process
+    saver = Saver(engine, tmp_path)
+    assert saver.save(state_of(engine, 5), keep=3) == "step-00000005"
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-0000000{step}" for step in (2, 3, 4, 5)]
+    os.truncate(tmp_path / "step-00000005" / "state.json", 9)  # after it had written it
+    saver.save(state_of(engine, 6), keep=2)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-0000000{step}" for step in (4, 5, 6)]
+    saver.save(state_of(engine, 7), keep=2)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-0000000{step}" for step in (6, 7)]
+    engine.close()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", range(4))
+def test_in_the_background_the_state_of_that_moment_is_written_while_training_goes_on(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str
+) -> None:
+    may_write, write = threading.Event(), checkpoint._write_tensors
+
+    def write_later(*arguments: Any) -> None:
+        assert may_write.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", write_later)
+    engine = make_engine(world, stage=stage, precision=precision)
+    saver = Saver(engine, tmp_path, background=True)
+    curve = train(engine, range(3))
+    saver.begin(state_of(engine, 3), keep=2)
+    curve += train(engine, range(3, 6))
+    assert saver.outcome() is None and not list(tmp_path.glob("step-*"))
+    may_write.set()
+    saver.begin(state_of(engine, 6), keep=2)  # the first one is written before it is
+    assert (tmp_path / "step-00000003").exists()
+    curve += train(engine, range(6, 9))
+    saver.wait()
+    assert saver.outcome() == "step-00000006" and saver.outcome() is None
+    saver.close()
+    engine.close()
+    for step in (6, 3):
+        again = make_engine(world, stage=stage, precision=precision)
+        assert load_newest(again, tmp_path).state["step"] == step
+        assert train(again, range(step, 9)) == curve[step:]
+        again.close()
+        shutil.rmtree(tmp_path / checkpoint.tag_of(step))
+
+
+def test_what_fails_in_the_background_is_told_when_it_is_asked_for(
+    saved: tuple[Engine, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, folder = saved
+    before = contents(folder)
+    saver = Saver(engine, folder, background=True)
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_tensors", fail)
+        saver.begin(state_of(engine, 6), keep=9)
+        saver.wait()
+    error = saver.outcome()
+    assert isinstance(error, CheckpointError) and "could not write checkpoint step-00000006" in str(error)
+    assert saver.outcome() is None and contents(folder) == before
+    saver.begin(state_of(engine, 6), keep=9)
+    saver.close()
+    assert saver.outcome() == "step-00000006"
 
 
 @pytest.mark.parametrize("point", ["save_file", "describe", "sync_file", "Saver._publish", "Path.rename"])
@@ -238,8 +316,9 @@ def test_several_ranks_save_resume_and_fail_together(toy_result: Callable[..., A
     for stage in range(4):
         result = found[str(stage)]
         assert result["same"], f"stage {stage} did not go on bit by bit"
+        assert result["written"] == ["step-00000004"] * 2
         if stage == 0:  # rank 1 writes nothing there
-            assert result["errors"] == ["", ""] and result["tag"] == "step-00000008"
+            assert result["errors"] == ["step-00000008"] * 2 and result["tag"] == "step-00000008"
         else:
             assert all("No space left on device" in error for error in result["errors"]), result["errors"]
             assert result["tag"] == "step-00000004"

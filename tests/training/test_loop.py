@@ -374,7 +374,8 @@ def test_a_killed_process_goes_on_bit_by_bit(
     config = make_config(dataset, tmp_path, **{f"{stage}__checkpoint_every_steps": 3})
     (tmp_path / "jobs.json").write_text(json.dumps({"killed": job(stage, config, dies_before=25, by="SIGKILL")}))
     launch(1, [RUNS, str(tmp_path / "jobs.json")], expect=-9)
-    assert state_of(tmp_path / stage)["step"] == 24 and "end" not in {e.get("event") for e in metrics(tmp_path / stage)}
+    assert state_of(tmp_path / stage)["step"] in (21, 24)  # the last save may not have come to its end
+    assert "end" not in {e.get("event") for e in metrics(tmp_path / stage)}
     folder = run(stage, config)
     assert curve(folder) == curve(whole[stage])
     assert_same_weights(folder, whole[stage])

@@ -131,23 +131,24 @@ def saves(world: World, folder: Path) -> dict[str, Any]:
     for stage in range(4):
         place = folder / str(stage)
         engine = make_engine(world, stage=stage)
+        saver = checkpoint.Saver(engine, place, background=True)
         train(engine, range(4))
-        checkpoint.Saver(engine, place).save(state_of(engine, 4), keep=2)
+        saver.begin(state_of(engine, 4), keep=2)
         going_on = train(engine, range(4, 8))
+        saver.wait()
+        written = saver.outcome()
         (blocked := _Full(world.rank == 1 and stage > 0)).install()
-        try:
-            checkpoint.Saver(engine, place).save(state_of(engine, 8), keep=2)
-            error = ""
-        except checkpoint.CheckpointError as raised:
-            error = str(raised)
+        saver.begin(state_of(engine, 8), keep=2)
+        saver.close()
         blocked.remove()
-        errors = gather(error)
+        errors = gather(str(saver.outcome()))
         engine.close()
         again = make_engine(world, stage=stage)
         newest = checkpoint.newest(place)
         assert newest is not None
         checkpoint.load(again, newest)
         found[str(stage)] = {
+            "written": gather(written),
             "errors": errors,
             "tag": newest.folder.name,
             "same": train(again, range(newest.state["step"], 8)) == going_on[newest.state["step"] - 4 :],
