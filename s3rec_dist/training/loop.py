@@ -550,6 +550,7 @@ class _Training:
         self.profiler.close()
         self.stream.close()
         self.saver.close()
+        self.tell_of_save()
         self.engine.close()
 
 
