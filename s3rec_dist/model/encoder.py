@@ -15,7 +15,8 @@ from torch import nn
 
 from s3rec_dist.config import ModelConfig
 from s3rec_dist.kernels.masked_attention import masked_attention
-from s3rec_dist.model.dropout import DropoutKeys, dropout_add
+from s3rec_dist.model.dropout import DropoutKeys
+from s3rec_dist.model.layers import linear_add_norm, linear_gelu
 
 SITES_PER_BLOCK = 3  # attention probabilities, attention output, feed-forward output
 
@@ -84,12 +85,14 @@ class Block(nn.Module):
             dropout_keys=keys.sequences + site if keys else None,
             backend=config.attention,
         )
-        p = config.hidden_dropout
-        attended = self.attention_output(attended.reshape(-1, e))
-        x = self.attention_norm(dropout_add(attended, x, keys, site + 1, p))
-        hidden = self.inner_output(F.gelu(self.inner(x)))
-        normed: torch.Tensor = self.output_norm(dropout_add(hidden, x, keys, site + 2, p))
-        return normed
+        attended, p, backend = attended.reshape(-1, e), config.hidden_dropout, config.attention
+        x = linear_add_norm(
+            self.attention_output, attended, x, self.attention_norm, keys=keys, site=site + 1, p=p, backend=backend
+        )
+        hidden = linear_gelu(self.inner, x, backend)
+        return linear_add_norm(
+            self.inner_output, hidden, x, self.output_norm, keys=keys, site=site + 2, p=p, backend=backend
+        )
 
 
 def position_ids(sequence: torch.Tensor, offsets: torch.Tensor, config: ModelConfig) -> torch.Tensor:

@@ -23,8 +23,9 @@ from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, pretrain_b
 from s3rec_dist.data.stream import PackedSequences
 from s3rec_dist.hashing import hash64
 from s3rec_dist.kernels.attribute_loss import attribute_loss, attribute_pairs
-from s3rec_dist.model.dropout import DropoutKeys, dropout
+from s3rec_dist.model.dropout import DropoutKeys
 from s3rec_dist.model.encoder import SITES_PER_BLOCK, Block, Queries, position_ids
+from s3rec_dist.model.layers import embed
 from s3rec_dist.model.objectives import binary_loss, pairwise_loss, softmax_loss
 
 AttributeLists = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -115,9 +116,17 @@ class S3Rec(nn.Module):
             raise ValueError(
                 f"a sequence is {max_length} long, the model has {self.config.max_length} positions; cut it"
             )
-        p = self.config.hidden_dropout
-        x = self.embedding_norm(self.item_embedding(items) + self.position_embedding(positions))
-        x = dropout(x, keys, 0, p)
+        x = embed(
+            items,
+            positions,
+            self.item_embedding,
+            self.position_embedding,
+            self.embedding_norm,
+            keys=keys,
+            site=0,
+            p=self.config.hidden_dropout,
+            backend=self.config.attention,
+        )
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             site = 1 + i * SITES_PER_BLOCK
