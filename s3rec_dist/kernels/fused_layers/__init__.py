@@ -59,7 +59,7 @@ def embed(
     :func:`dropout_add_norm`. Ids outside of their table are an error on a CPU, and not looked for on a GPU.
     """
     size = _size("item_table", item_table)
-    _check("position_table", position_table, torch.Size((len(position_table), size[1])), item_table.dtype)
+    _check("position_table", position_table, (len(position_table), size[1]), item_table.dtype)
     for name, ids, table in (("items", items, item_table), ("positions", positions, position_table)):
         if ids.dtype not in (torch.int32, torch.int64) or ids.shape != (len(items),):
             raise ValueError(f"{name} is {ids.dtype} {list(ids.shape)}; expected int32 or int64 [{len(items)}]")
@@ -91,7 +91,7 @@ def _size(name: str, x: torch.Tensor) -> torch.Size:
     return x.shape
 
 
-def _check(name: str, x: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+def _check(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if x.shape != shape or x.dtype != dtype:
         raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; expected {dtype} {list(shape)}")
 
@@ -101,5 +101,5 @@ def _keys(keys: torch.Tensor | None, tokens: int, p: float) -> torch.Tensor | No
     if not 0 <= p < 1:
         raise ValueError(f"p={p}: expected a probability from 0 to below 1")
     if keys is not None:
-        _check("keys", keys, torch.Size((tokens,)), torch.int64)
+        _check("keys", keys, (tokens,), torch.int64)
     return keys if p else None

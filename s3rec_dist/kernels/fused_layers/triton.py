@@ -53,7 +53,8 @@ def dropout_add_norm(
 
 @dropout_add_norm.register_fake
 def _dropout_add_norm_fake(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _new(x, *x.shape), _new(x, len(x), dtype=torch.float32), _new(x, len(x), dtype=torch.float32)
+    mean, rstd = (_new(x, x.shape[0], dtype=torch.float32) for _ in range(2))
+    return _new(x, *x.shape), mean, rstd
 
 
 @torch.library.custom_op(
@@ -142,8 +143,8 @@ def embed(
 def _embed_fake(
     items: torch.Tensor, positions: torch.Tensor, item_table: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mean, rstd = (_new(item_table, len(items), dtype=torch.float32) for _ in range(2))
-    return _new(item_table, len(items), item_table.shape[1]), mean, rstd
+    mean, rstd = (_new(item_table, items.shape[0], dtype=torch.float32) for _ in range(2))  # len is no SymInt
+    return _new(item_table, items.shape[0], item_table.shape[1]), mean, rstd
 
 
 @torch.library.custom_op(
@@ -196,7 +197,7 @@ def _embed_backward_fake(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torc
     _, items, _, item_table, position_table, weight = inputs[:6]
     width = item_table.shape[1]
     return (
-        _new(item_table, len(items), width),
+        _new(item_table, items.shape[0], width),
         _new(position_table, *position_table.shape),
         _new(weight, 2, width),
     )
@@ -212,7 +213,7 @@ def _differentiate_embed(ctx: Any, grad_out: torch.Tensor, *_: Any) -> tuple[tor
     items, _, item_table, *_ = ctx.saved_tensors
     grad_rows, grad_positions, grads = _embed_backward(grad_out, *ctx.saved_tensors, *ctx.settings)
     # PyTorch's own: it sorts the tokens by item, which repeats to the bit
-    grad_items = torch.ops.aten.embedding_dense_backward(grad_rows, items, len(item_table), -1, False)
+    grad_items = torch.ops.aten.embedding_dense_backward(grad_rows, items, item_table.shape[0], -1, False)
     weight, bias = grads.unbind()
     return None, None, grad_items, grad_positions, weight, bias, None, None, None, None
 
@@ -260,7 +261,7 @@ def _bias_gelu_backward(
 def _bias_gelu_backward_fake(
     grad_out: torch.Tensor, x: torch.Tensor, bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _new(x, *x.shape), _new(bias, len(bias))
+    return _new(x, *x.shape), _new(bias, *bias.shape)
 
 
 def _save_bias_gelu(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
