@@ -5,7 +5,7 @@
     s3rec bench evaluate --dataset data/beauty        # users/s of full ranking
     s3rec bench stream --dataset data/beauty          # sequences/s read, verified, decoded and packed, on one core
     s3rec bench resume                                # seconds to the middle of an epoch of a billion samples
-    s3rec bench kernels                               # attention and losses beside their rivals, correctness first
+    s3rec bench kernels                               # attention, layers, losses beside their rivals
     s3rec bench step --batch-sizes 256 16384          # the step as a whole: time, tokens/s, kernels, idle share
     s3rec bench prepare --events 5000000 50000000     # seconds, events/s and memory, by size of a synthetic log
     s3rec bench faults                                # a run that is killed 100 times, and 300 damaged checkpoints
@@ -306,12 +306,13 @@ def _prepare(config: Config, dataset: None, world: World, args: argparse.Namespa
 
 
 def _kernels(config: Config, dataset: None, world: World, args: argparse.Namespace) -> Figures:
-    """Attention and the attribute loss against their rivals, held against the definition first."""
+    """Attention, the layers around it and the attribute loss against their rivals, correctness first."""
     from s3rec_dist.bench.kernels import bench_kernels
+    from s3rec_dist.bench.layers import bench_layers
     from s3rec_dist.bench.losses import bench_losses
 
-    figures = bench_kernels(world.device, repetitions=args.repetitions)
-    return figures | bench_losses(world.device, repetitions=args.repetitions)
+    parts = (bench_kernels, bench_layers, bench_losses)
+    return {name: values for part in parts for name, values in part(world.device, repetitions=args.repetitions).items()}
 
 
 def _step(config: Config, dataset: Dataset | None, world: World, args: argparse.Namespace) -> Figures:

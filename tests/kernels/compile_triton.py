@@ -19,6 +19,7 @@ from triton.runtime import driver
 
 from s3rec_dist.hashing import hash64
 from s3rec_dist.kernels.attribute_loss.triton import triton_loss
+from s3rec_dist.kernels.fused_layers import triton as fused_layers
 from s3rec_dist.kernels.masked_attention.triton import triton_attention
 
 SHARED_BYTES = 99 << 10
@@ -39,6 +40,11 @@ LOSS_CASES = [
     {"features": 64, "dtype": "bfloat16"},
     {"features": 100, "dtype": "float32"},
     {"features": 512, "dtype": "float16"},
+]
+
+LAYER_CASES = [
+    {"width": 64, "dtype": "bfloat16", "p": 0.5},
+    {"width": 100, "dtype": "float32", "p": 0.0},
 ]
 
 
@@ -103,10 +109,23 @@ def compile_loss(features: int, dtype: str) -> None:
     triton_loss(rows, table, torch.arange(3).int(), torch.arange(4), torch.arange(3), True, True)
 
 
+def compile_layers(width: int, dtype: str, p: float) -> None:
+    """Forward and backward of the fused layers on five tokens."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=getattr(torch, dtype), requires_grad=True)
+
+    ids, row = torch.zeros(5, dtype=torch.int32), normal(width)
+    dropout = (hash64(torch.arange(5), 1) if p else None, 1e-12, 1, p)
+    fused_layers.embed(ids, ids.long(), normal(9, width), normal(50, width), row, row, *dropout)[0].sum().backward()
+    fused_layers.bias_gelu(normal(5, width), row).sum().backward()
+    fused_layers.dropout_add_norm(normal(5, width), row, normal(5, width), row, row, *dropout)[0].sum().backward()
+
+
 def main() -> None:
     machine = Machine(int(sys.argv[1]))
     driver.set_active(machine)
-    for cases, compile_one in ((CASES, compile_case), (LOSS_CASES, compile_loss)):
+    for cases, compile_one in ((CASES, compile_case), (LOSS_CASES, compile_loss), (LAYER_CASES, compile_layers)):
         for case in cases:
             machine.case = case
             compile_one(**case)

@@ -6,13 +6,8 @@ that of the definition. Uninitialized memory holds NaN throughout.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -247,28 +242,6 @@ def test_torch_compile_keeps_them_in_one_graph_for_all_counts_of_tokens() -> Non
         for eager, graph in zip(*results, strict=True):
             torch.testing.assert_close(eager, graph)
     assert len(compilations) == 1
-
-
-# Without a GPU: the kernels become machine code all the same
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernels_compile(capability: int, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "compile_fused_layers.py"), str(capability)],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = {f"{name}{step}" for name in ("add_norm", "embed", "bias_gelu") for step in ("", "_backward")}
-    assert {entry["kernel"] for entry in compiled} == {*kernels, "sum_partials", "sum_by_position"}
-    assert all(entry["bytes"] > 0 for entry in compiled)
 
 
 # What is refused

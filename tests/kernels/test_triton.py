@@ -227,13 +227,16 @@ def test_the_kernels_compile(capability: int, tmp_path: Path) -> None:
         env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(entry["bytes"] > 0 for entry in found)
     losses = {(entry["kernel"], entry["features"]) for entry in found if "features" in entry}
     assert losses == set(itertools.product(("loss_and_grad_hidden", "grad_table"), (64, 100, 512)))
+    layers = {(entry["kernel"], entry["width"]) for entry in found if "width" in entry}
+    kernels = {f"{name}{step}" for name in ("add_norm", "embed", "bias_gelu") for step in ("", "_backward")}
+    assert layers == set(itertools.product((*kernels, "sum_partials", "sum_by_position"), (64, 100)))
     compiled = [entry for entry in found if "d" in entry]
     assert {entry["kernel"] for entry in compiled} == {"forward", "backward", "backward_dq", "backward_dkdv"}
     assert {entry["d"] for entry in compiled} == set(TRITON_HEAD_SIZES)
