@@ -123,7 +123,7 @@ def test_offload_changes_neither_the_curve_nor_a_checkpoint(
     assert engine._deepspeed.zero_offload_optimizer().device == "cpu"
     assert (engine._deepspeed.zero_offload_param() is not None) == (offload == "parameters")
     curve = train(engine, range(5))
-    checkpoint.save(engine, tmp_path, state_of(engine, 5), keep=1)
+    checkpoint.Saver(engine, tmp_path).save(state_of(engine, 5), keep=1)
     engine.close()
     found = checkpoint.newest(tmp_path)
     assert found is not None
