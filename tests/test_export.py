@@ -602,6 +602,7 @@ def test_padded_pretraining_losses_are_the_references_within_1e_4(parity: Parity
 
 
 @torch.no_grad()
+@pytest.mark.timeout(600)  # interpreted attention and losses: half a minute, on a machine that is busy many times that
 def test_packed_pretraining_losses_are_the_references_within_1e_4(parity: Parity) -> None:
     """With the attributes of the exported catalogue, where the recorded ones come from the authors' file."""
     items, offsets = packed(*map(parity.ids, SEQUENCES))
