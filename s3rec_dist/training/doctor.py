@@ -71,8 +71,8 @@ SHOWN_VARIABLES = (
 )
 """All of the environment that is ever printed."""
 
-_BYTES_PER_PARAMETER = 16
-"""fp32: weight, gradient, Adam's two moments."""
+_BYTES_PER_PARAMETER = 20
+"""fp32 without ZeRO: weight, gradient, its copy on the way to the others, Adam's two moments."""
 _DRIVERS = ("wandb", "fsspec", "s3fs", "gcsfs", "huggingface_hub")
 
 
@@ -266,7 +266,7 @@ def _memory(config: Config, datasets: Sequence[Dataset], device: torch.device, l
     if not datasets or config.engine.zero_stage or device.type == "cuda":
         return Check("memory", what)
     wanted = needed * local_size
-    problem = f"weights and Adam of this host's processes need {_gib(wanted)}; start fewer, or set engine.zero_stage=3"
+    problem = f"weights and Adam of this host's processes need {_gib(wanted)}; start fewer, or set engine.zero_stage=1"
     return Check("memory", f"{what}, {_gib(wanted)} for weights and Adam", problem if wanted > free else "")
 
 
