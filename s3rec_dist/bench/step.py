@@ -21,7 +21,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +33,7 @@ from s3rec_dist.config import Config
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.prepare import PrepareSettings, prepare
 from s3rec_dist.data.stream import PackedSequences, Stream
-from s3rec_dist.training.engine import Engine, World
+from s3rec_dist.training.engine import Engine, StepResult, World
 from s3rec_dist.training.loop import StageName, Task
 
 PROFILED_STEPS = 10
@@ -54,20 +53,22 @@ class Steps:
         self._batches = endless(self.stream)
         self._step = 0
 
+    def step(self) -> tuple[PackedSequences, StepResult]:
+        """One step, which on a GPU may not be done yet, and the batch it was on."""
+        packed, task = next(self._batches), self.task
+        result = self.engine.step(
+            [task.batch(part, 0) for part in packed.split(task.stage.gradient_accumulation)],
+            count=max(task.count(packed), 1),
+            learning_rate=task.stage.learning_rate,
+            dropout_seed=task.dropout_seed(self._step),
+        )
+        self._step += 1
+        return packed, result
+
     def run(self, count: int) -> tuple[int, int]:
-        """``count`` steps, which on a GPU may not be done yet; this process's samples and items in them."""
-        task, samples, items = self.task, 0, 0
-        for packed in islice(self._batches, count):
-            self.engine.step(
-                [task.batch(part, 0) for part in packed.split(task.stage.gradient_accumulation)],
-                count=max(task.count(packed), 1),
-                learning_rate=task.stage.learning_rate,
-                dropout_seed=task.dropout_seed(self._step),
-            )
-            self._step += 1
-            samples += len(packed)
-            items += len(packed.items)
-        return samples, items
+        """``count`` steps; this process's samples and items in them."""
+        batches = [self.step()[0] for _ in range(count)]
+        return sum(map(len, batches)), sum(len(packed.items) for packed in batches)
 
     def close(self) -> None:
         """Lets go of threads and buffers."""

@@ -25,7 +25,6 @@ META = torch.device("meta")
 
 LOSSES: dict[str, dict[str, Any]] = {
     "pretrain": {},
-    "pretrain": {},
     "finetune": {},
     "finetune bpr": {"finetune__loss": "bpr"},
     "finetune ce, last positions": {"finetune__loss": "ce", "finetune__positions": "last"},
