@@ -46,8 +46,8 @@ class Meeting:
     def __init__(self, patience_s: float) -> None:
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        known = _hosts_of_deepspeed()
-        self.hosts = known or [f"host {rank // self.local_size}" for rank in range(self.size)]
+        self._launched_on = _hosts_of_deepspeed()
+        self.hosts = self._launched_on or [f"host {rank // self.local_size}" for rank in range(self.size)]
         """By rank; until a process has said where it is, what its launcher says, or a number."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         has_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -109,7 +109,11 @@ class Meeting:
         """The first :meth:`gather`, which also tells where everyone is."""
         arrived = self.gather("arrival", [socket.gethostname(), value], patience_s, notices=notices)
         near = {rank // self.local_size: entry[0] for rank, entry in enumerate(arrived) if entry}
-        self.hosts = [near.get(rank // self.local_size, host) for rank, host in enumerate(self.hosts)]
+        for rank, entry in enumerate(arrived):
+            if entry:
+                self.hosts[rank] = entry[0]
+            elif not self._launched_on:  # as many processes on each host, as torchrun has it
+                self.hosts[rank] = near.get(rank // self.local_size, self.hosts[rank])
         return [entry and entry[1] for entry in arrived]
 
     def leave(self) -> None:
