@@ -184,6 +184,9 @@ class StageConfig:
     """Steps over which the learning rate rises from zero."""
     gradient_clipping: float = 0.0
     """Largest global gradient norm; 0 is off."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped because a loss or the gradient is not a finite number; then the run goes back
+    to its last checkpoint, and where it has done that in vain, stops."""
     checkpoint_every_epochs: int = 1
     """Epochs between checkpoints."""
     checkpoint_every_steps: int = 0
@@ -205,6 +208,7 @@ class StageConfig:
             "checkpoint_every_epochs",
             "keep_checkpoints",
             "log_every_steps",
+            "max_skipped_steps",
         ):
             _at_least(f"{section}.{name}", getattr(self, name), 1)
         _within(f"{section}.learning_rate", self.learning_rate, 0.0, 10.0)
@@ -325,9 +329,16 @@ class EngineConfig:
     """A DeepSpeed JSON file to merge in; what it contradicts is an error."""
     threads: int = 0
     """CPU threads per process; 0 shares the cores among the host's ranks."""
+    hang_seconds: float = 30.0
+    """Seconds without progress after which a process ends where another one gives no sign of life, or none of them
+    comes to the end of a step; 0 is never."""
+    stall_seconds: float = 1800.0
+    """Seconds that the others wait for a process that is at work: reads data, saves, validates, compiles."""
 
     def __post_init__(self) -> None:
         _within("engine.zero_stage", self.zero_stage, 0, 3)
+        _at_least("engine.hang_seconds", self.hang_seconds, 0)
+        _at_least("engine.stall_seconds", self.stall_seconds, max(self.hang_seconds, 1))
         _at_least("engine.threads", self.threads, 0)
         needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.zero_stage < needed:

@@ -45,6 +45,7 @@ from s3rec_dist.training.engine import (
     on_rank_zero,
     together,
 )
+from s3rec_dist.training.nonfinite import check_finite
 from s3rec_dist.training.relayout import read_adam_state
 from s3rec_dist.training.snapshot import HostCopies
 
@@ -140,8 +141,8 @@ class Saver:
         """Writes the tag of ``state["step"]``, then removes all but the ``keep`` newest whole ones and ``best``;
         returns the tag.
 
-        Raises :class:`CheckpointError` on every rank where a write fails on one, or a weight is not a finite number;
-        earlier checkpoints and ``latest`` are untouched then.
+        Raises :class:`CheckpointError` on every rank where a write fails on one, Diverged where a weight is not a
+        finite number; earlier checkpoints and ``latest`` are untouched then.
         """
         self.begin(state, keep=keep, best=best)
         assert self._writing is not None
@@ -191,7 +192,7 @@ class Saver:
         tag = tag_of(state["step"])
         draft = folder / f"{WRITING}{tag}"
         with heeding_peers(), together(group):
-            _check_finite(weights, tag)
+            check_finite(weights)
         try:
             with heeding_peers():
                 with together(group):
@@ -218,7 +219,7 @@ class Saver:
             remedy = "make room or repair the disk" if remote is None else "see to the storage"
             raise CheckpointError(
                 f"{remote.url if remote else folder}: could not write checkpoint {tag}: {error}. Earlier checkpoints "
-                f"are whole; {remedy}, and run the command again to go on from the newest"
+                f"are whole; {remedy}"
             ) from error
         return tag
 
@@ -250,16 +251,6 @@ class Saver:
             elif whole < keep and _is_whole(f"{place}/{other}", storage, hashes=other not in self._known):
                 self._known.add(other)
                 whole += 1
-
-
-def _check_finite(weights: Mapping[str, torch.Tensor], tag: str) -> None:
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{tag} is not written: {name} holds values that are not finite numbers, so training has diverged; "
-                "lower the learning rate, set gradient_clipping, or use engine.precision=fp32, and start over with "
-                "--no_resume. Earlier checkpoints are whole"
-            )
 
 
 def _make_room(folder: Path, draft: Path, tag: str, rank: int, remote: Remote | None) -> None:

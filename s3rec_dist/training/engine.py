@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import datetime
 import itertools
 import json
 import logging
@@ -99,7 +100,8 @@ def start(config: EngineConfig, meeting: Meeting | None = None) -> World:
             _check_arrivals(meeting, meeting.arrive(backend, PATIENCE_S, notices=True))
         if meeting is not None:
             store = dist.PrefixStore("group", meeting.store)
-            dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.size)
+            longest = datetime.timedelta(seconds=config.stall_seconds + 60)  # before, the watchdog says what is wrong
+            dist.init_process_group(backend, timeout=longest, store=store, rank=meeting.rank, world_size=meeting.size)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         atexit.register(_leave)
@@ -219,7 +221,7 @@ def heeding_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not re.search("(closed|reset) by peer|remote worker", str(error)):
+        if not re.search("(closed|reset) by peer|remote worker|remote process exited", str(error)):
             raise
         raise EngineError("another process has stopped; what it printed says why") from error
 
@@ -268,6 +270,7 @@ def deepspeed_config(stage: StageConfig, config: EngineConfig, world: World) -> 
             False,
             "reading whole weights and Adam's state, which DeepSpeed mistakes for one another's there",
         ),
+        "zero_optimization.compute_grad_norm": (True, "skipping steps whose gradient is not finite"),
         "bf16.enabled": (precision == "bf16", "engine.precision=bf16"),
         "fp16.enabled": (precision == "fp16", "engine.precision=fp16"),
         "torch_autocast.enabled": (False, "torch_autocast, which this program leaves to engine.precision"),
@@ -292,8 +295,9 @@ def deepspeed_config(stage: StageConfig, config: EngineConfig, world: World) -> 
         )
     for key in ("optimizer", "torch_autocast", "train_batch_size"):
         merged.pop(key, None)
+    only_checked = ("zero_optimization.round_robin_gradients", "zero_optimization.compute_grad_norm")
     for key, (value, _) in ours.items():
-        if not key.startswith(("optimizer", "torch_autocast", "train_batch_size", "zero_optimization.round_robin")):
+        if not key.startswith(("optimizer", "torch_autocast", "train_batch_size", *only_checked)):
             _put(merged, key, value)
     for part in ("offload_optimizer", "offload_param")[: ("none", "optimizer", "parameters").index(config.offload)]:
         merged["zero_optimization"].setdefault(part, {"device": "cpu", "pin_memory": world.device.type == "cuda"})
@@ -370,6 +374,9 @@ class StepResult:
     """This rank's loss sums, one for each micro-batch, still on the device."""
     gradient_norm: float | None
     """Global norm before clipping, where it was asked for."""
+    skipped: torch.Tensor
+    """1 where a loss or the gradient was not finite, so that nothing has changed, else 0; the same on all ranks, still
+    on the device."""
 
 
 class Engine:
@@ -407,6 +414,9 @@ class Engine:
                 raise ConfigError(f"{config.deepspeed_config}: DeepSpeed does not accept it: {error}") from error
             raise
         self._plain = config.zero_stage == 0 and self.precision == "fp32"
+        self._adam: Any = optimizer
+        if not self._plain:
+            optimizer.register_step_pre_hook(lambda adam, *_: self._skip_unless_finite(self._deepspeed_norm()))
         if config.zero_stage == 0 and self.precision == "bf16":
             optimizer.state.clear()  # DeepSpeed has taken a step with zero gradients, which spoils Adam's first ones
             self._deepspeed.optimizer.step = partial(_step_masters, self._deepspeed.optimizer)
@@ -438,6 +448,8 @@ class Engine:
         engine = self._deepspeed
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self.precision == "fp16":
+            engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # steps are skipped there too
         engine.train()
         scale = self.world.size / count  # DeepSpeed averages over the ranks
         losses = []
@@ -447,16 +459,38 @@ class Engine:
             loss = engine(batch, dropout_seed)
             self.clock.enter("backward")
             losses.append(self._forward.take())
-            # A new tensor: on the forward's own output, DeepSpeed divides by the accumulation all the same.
-            engine.backward(loss * scale, scale_wrt_gas=False)
-            if with_norm and self._plain and i == len(batches) - 1:
+            # A loss that is not finite makes the gradient so too, on all ranks. And a new tensor: on the forward's own
+            # output, DeepSpeed divides by the accumulation all the same.
+            engine.backward(loss * (scale * (1 + 0 * loss.detach())), scale_wrt_gas=False)
+            if self._plain and i == len(batches) - 1:
                 norm = _norm_of([p.grad for p in self.model.parameters() if p.grad is not None])
+                self._skip_unless_finite(norm)
             self.clock.enter("optimizer")
             engine.step()
         self.clock.enter("other")
-        if with_norm:
-            norm = float(norm if self._plain else engine.get_global_grad_norm())
-        return StepResult(losses, norm)
+        if getattr(engine.optimizer, "overflow", False):  # DeepSpeed has left the step out without asking Adam
+            self._adam.found_inf = torch.ones((), device=self.world.device)
+        norm = float(norm if self._plain else self._deepspeed_norm()) if with_norm else None
+        return StepResult(losses, norm, self._adam.found_inf)
+
+    def _deepspeed_norm(self) -> torch.Tensor | float:
+        """The norm of the gradient over all ranks, infinite where DeepSpeed found it so."""
+        norm: torch.Tensor | float = self._deepspeed.optimizer._global_grad_norm
+        return norm
+
+    def _skip_unless_finite(self, norm: torch.Tensor | float) -> None:
+        """Has Adam, whose kernel reads it on the device, leave weights and state as they are where ``norm`` is not
+        finite."""
+        norm = torch.as_tensor(norm, device=self.world.device)
+        self._adam.found_inf = (~torch.isfinite(norm)).float()
+
+    @property
+    def loss_scale_may_fall(self) -> bool:
+        """Whether a step in fp16 that was skipped may have been so for its loss scale alone."""
+        if self.precision != "fp16":
+            return False
+        scaler = self._deepspeed.optimizer.loss_scaler
+        return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
 
     def fp32_weights(self, *, everywhere: bool = False) -> dict[str, torch.Tensor]:
         """The master weights under the model's own names, on CPU; only rank 0 has them unless ``everywhere``.

@@ -11,14 +11,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import s3rec_dist
 from s3rec_dist.config import Config, ConfigError, PretrainConfig, StageConfig, flat, to_dict, to_yaml
@@ -44,16 +46,22 @@ from s3rec_dist.training.engine import (
     together,
 )
 from s3rec_dist.training.folder import RunFolder
+from s3rec_dist.training.nonfinite import Diverged, Launched, Skips, check_finite
 from s3rec_dist.training.phases import IDLE
 from s3rec_dist.training.preemption import STATUS, CutShort, Preempted, Preemption
 from s3rec_dist.training.preflight import agree
 from s3rec_dist.training.profiling import ProfiledSteps, StepProfiler
-from s3rec_dist.training.telemetry import Meter, Stragglers, TrainingError, Work
-from s3rec_dist.training.tracking import KEPT_FILES, Tracker, clock, open_tracker
+from s3rec_dist.training.telemetry import Meter, Stragglers, Work
+from s3rec_dist.training.tracking import KEPT_FILES, METRICS_FILE, JsonlTracker, Tracker, clock, open_tracker
+from s3rec_dist.training.watchdog import Watchdog
 
 StageName = Literal["pretrain", "finetune"]
 
 _STAGE_KEYS = {"pretrain": 1, "finetune": 2}
+
+
+class TrainingError(ValueError):
+    """Training that cannot go on; the message says why and what to change."""
 
 
 def run_pretrain(config: Config, *, resume: bool = True, profile: ProfiledSteps | None = None) -> str:
@@ -197,19 +205,20 @@ def _run(config: Config, name: StageName, resume: bool, preemption: Preemption, 
         raise ConfigError("data.path is empty; name the dataset to train on, a folder that 's3rec prepare' wrote")
     world = start(config.engine)
     storage = Storage(config.storage)
-    with together():
-        _check_places(config, storage)
-        dataset, *others = open_datasets(config, storage)
-        for each in (dataset, *others):
-            if not each.max_bad_shards:
-                each.verify(world.rank, world.size, hashes=config.data.verify == "hash")
-    agree(config, [dataset, *others], world.device)
-    with together():
-        mix = [(other, entry.weight) for other, entry in zip(others, config.data.mix, strict=True)]
-        task = Task(config, name, dataset, world.device, mix)
-        model = task.model()
-    with RunFolder(os.path.join(config.output, name), storage, world) as folder:
-        _train(task, model, world, folder, resume, preemption, profile)
+    with Watchdog(world, config.engine) as watchdog:
+        with together():
+            _check_places(config, storage)
+            dataset, *others = open_datasets(config, storage)
+            for each in (dataset, *others):
+                if not each.max_bad_shards:
+                    each.verify(world.rank, world.size, hashes=config.data.verify == "hash")
+        agree(config, [dataset, *others], world.device)
+        with together():
+            mix = [(other, entry.weight) for other, entry in zip(others, config.data.mix, strict=True)]
+            task = Task(config, name, dataset, world.device, mix)
+            model = task.model()
+        with RunFolder(os.path.join(config.output, name), storage, world) as folder:
+            _train(task, model, world, folder, resume, preemption, watchdog, profile)
     return folder.url
 
 
@@ -228,6 +237,7 @@ def _train(
     folder: RunFolder,
     resume: bool,
     preemption: Preemption,
+    watchdog: Watchdog,
     profile: ProfiledSteps | None,
 ) -> None:
     config, name = task.config, task.name
@@ -243,9 +253,10 @@ def _train(
 
     with together():
         tracker = open_tracker(config, name, folder.local, world.rank)
+    watchdog.record = lambda facts: _record_hang(facts, tracker, folder, world)
     status = "failed"
     try:
-        training = _Training(task, model, world, folder, tracker, preemption, profile)
+        training = _Training(task, model, world, folder, tracker, preemption, watchdog, profile)
         try:
             if found is not None:
                 training.resume(found)
@@ -257,12 +268,24 @@ def _train(
             status = "preempted"
             raise
         finally:
+            watchdog.working("finishing")
             training.close()
     finally:
         tracker.finish(status)
         # Where training has failed, that is the error to report; where it was preempted, the checkpoint is there.
         with contextlib.suppress(*[OSError, StorageError] if status != "finished" else []):
             folder.keep(whole=True)
+
+
+def _record_hang(facts: dict[str, Any], tracker: Tracker, folder: RunFolder, world: World) -> None:
+    """Writes down that a run ends because its processes wait for one another in vain."""
+    if world.rank:  # rank 0, whose tracker it would be, is gone
+        if folder.is_remote:
+            return
+        tracker = JsonlTracker(folder.local / METRICS_FILE)
+    tracker.event("hang", **facts)
+    tracker.finish("failed")
+    folder.keep()
 
 
 class _Training:
@@ -276,10 +299,12 @@ class _Training:
         folder: RunFolder,
         tracker: Tracker,
         preemption: Preemption,
+        watchdog: Watchdog,
         profile: ProfiledSteps | None,
     ) -> None:
         self.task, self.stage, self.config = task, task.stage, task.config
-        self.world, self.folder, self.tracker, self.preemption = world, folder, tracker, preemption
+        self.world, self.folder, self.tracker = world, folder, tracker
+        self.preemption, self.watchdog = preemption, watchdog
         self.stream = task.stream(world)
         self.steps_per_epoch = self.stream.steps_per_epoch
         if not self.stream.samples_per_epoch:
@@ -299,6 +324,11 @@ class _Training:
         self.step = 0
         self.saved_step = -1
         self.save_error: BaseException | None = None
+        self.saved_best: dict[str, Any] | None = None
+        self.launched: Launched | None = None
+        self.skips = Skips(self.engine, self.stage.max_skipped_steps)
+        self.rewound_to = -1
+        self.is_done = False
         self.owes_epoch_end = False  # an epoch's last step is done, its validation not
         self.best: dict[str, Any] | None = None
         self.since_best = 0
@@ -307,6 +337,16 @@ class _Training:
 
     def resume(self, found: Checkpoint) -> None:
         """Goes on from a checkpoint."""
+        self.load(found)
+        self.skips.total = found.state.get("skipped_steps", 0)
+        layout = {}
+        if checkpoint.is_relayout(self.engine, found.state):
+            saved_by = f"{found.state['world_size']} processes with engine.zero_stage={found.state['zero_stage']}"
+            layout = {"saved_by": saved_by}
+        self.tracker.event("resume", step=self.step, checkpoint=found.folder.name, **layout)
+
+    def load(self, found: Checkpoint) -> None:
+        """Puts everything that a step changes back to where it was at a checkpoint."""
         for reason in found.damaged:
             self.tracker.event("damaged_checkpoint", reason=reason, used=found.folder.name)
         checkpoint.load(self.engine, found)
@@ -314,10 +354,27 @@ class _Training:
         self.step = self.saved_step = state["step"]
         self.best, self.since_best, self.metrics = state["best"], state["since_best"], state["metrics"]
         self.owes_epoch_end = state.get("owes_epoch_end", False)
-        layout = {}
-        if checkpoint.is_relayout(self.engine, state):
-            layout = {"saved_by": f"{state['world_size']} processes with engine.zero_stage={state['zero_stage']}"}
-        self.tracker.event("resume", step=self.step, checkpoint=found.folder.name, **layout)
+        self.saved_best = self.best
+
+    def rewind(self, diverged: Diverged) -> None:
+        """Goes back to the last checkpoint, once to each: what made training diverge may have been a fault of the
+        moment."""
+        self.saver.wait()
+        self.tell_of_save()
+        self.save_error = None
+        found = checkpoint.newest(*self.folder.checkpoints)
+        if found is None or found.state["step"] <= self.rewound_to:
+            tried = f"{found.folder.name} has led here twice" if found else "there is no checkpoint to go back to"
+            self.tracker.event("diverged", step=self.step, reason=str(diverged))
+            raise TrainingError(f"{diverged}; {tried}") from diverged
+        at, self.launched = self.step, None
+        self.load(found)
+        self.rewound_to = self.step
+        self.skips.in_a_row = 0
+        self.clock.enter(IDLE)
+        self.clock.read()
+        self.meter.reset()
+        self.tracker.event("rewind", step=at, to=self.step, checkpoint=found.folder.name, reason=diverged.args[0])
 
     def run(self) -> None:
         """Trains to the last epoch, or until validation stops improving."""
@@ -337,17 +394,26 @@ class _Training:
             self.tracker.event("not_profiled", reason=reason)
         began = time.monotonic()
         self.tracker.begin(step=self.step, total_steps=self.total_steps)
+        while not self.is_done:
+            try:
+                self.train()
+            except Diverged as diverged:
+                self.rewind(diverged)
+        if self.best is not None:
+            self.tracker.event("best", **{k: self.best[k] for k in ("metric", "value", "epoch")})
+        epochs = round(self.step / self.steps_per_epoch, 2)
+        self.tracker.event("done", epochs=epochs, time=clock(time.monotonic() - began), folder=str(self.folder))
+
+    def train(self) -> None:
+        """What is left of the run."""
         if self.owes_epoch_end:
             self.end_epoch(self.step // self.steps_per_epoch)
         while self.step < self.total_steps and not self.has_converged():
             self.train_epoch(self.step // self.steps_per_epoch)
         if self.saved_step != self.step:
             self.save()
-        self.finish_save()
-        if self.best is not None:
-            self.tracker.event("best", **{k: self.best[k] for k in ("metric", "value", "epoch")})
-        epochs = round(self.step / self.steps_per_epoch, 2)
-        self.tracker.event("done", epochs=epochs, time=clock(time.monotonic() - began), folder=str(self.folder))
+        self.finish_save(must=True)
+        self.is_done = True
 
     def train_epoch(self, epoch: int) -> None:
         """The rest of an epoch, with what follows it: validation and checkpoint."""
@@ -358,7 +424,9 @@ class _Training:
         for in_epoch in range(first, self.steps_per_epoch):
             self.profiler.begin(self.step + 1)
             self.clock.enter("data")
+            self.watchdog.working("reading data")
             packed = next(batches)
+            self.watchdog.stepping(self.step + 1)
             self.clock.enter("reconstruct")
             self.meter.streamed(packed)
             rate = learning_rate(stage, self.step, self.total_steps)
@@ -371,14 +439,15 @@ class _Training:
                 with_norm=is_logged,
             )
             self.step += 1
-            self.meter.add(result.losses, task.count(packed))
+            self.settle()
+            self.launched = Launched(self.step, result, task.count(packed))
             if is_logged:
-                numbers = self.meter.read(self.step)
-                numbers |= {
-                    "train/learning_rate": rate,
-                    "train/gradient_norm": result.gradient_norm or 0.0,
-                    "train/epoch": self.step / self.steps_per_epoch,
-                }
+                self.settle()
+                numbers = self.meter.read()
+                numbers |= {"train/learning_rate": rate, "train/epoch": self.step / self.steps_per_epoch}
+                numbers |= {"train/skipped_steps": self.skips.total}
+                if math.isfinite(norm := result.gradient_norm or 0.0):
+                    numbers["train/gradient_norm"] = norm
                 self.tracker.log(numbers, self.step)
                 if slow := self.stragglers.see(numbers):
                     self.tracker.event("straggler", step=self.step, **slow)
@@ -409,11 +478,25 @@ class _Training:
             self.tracker.event("not_profiled", reason=str(error))
         self.clock.enter(clock)
 
+    def settle(self) -> None:
+        """Counts the last step, whose end a GPU may keep this process waiting for."""
+        launched, self.launched = self.launched, None
+        if launched is None:
+            return
+        if not launched.was_skipped():
+            self.skips.in_a_row = 0
+            self.meter.add(launched)
+            return
+        facts = self.skips.add(launched)
+        self.tracker.event("skipped_step", **facts)
+        self.skips.check(facts)
+
     def end_epoch(self, done: int) -> None:
         """Validates and saves where ``done`` finished epochs call for it."""
         is_last = self.step == self.total_steps
         improved = False
         self.owes_epoch_end = True
+        self.finish_save()  # before another one may be the best
         if not isinstance(self.stage, PretrainConfig) and (
             done % self.config.finetune.validate_every_epochs == 0 or is_last
         ):
@@ -429,12 +512,14 @@ class _Training:
     def validate(self, epoch: int) -> bool:
         """Evaluates on the validation items; whether the metric is the best so far."""
         metric = self.config.finetune.metric
-        self.meter.check(self.step)
+        self.settle()
+        self.watchdog.working("validating")
         model = self.engine.whole_model(self.task.model)
+        check_finite(model.state_dict())
         model.eval()
         assert isinstance(model, S3Rec)
         try:
-            with torch.no_grad(), self.preemption.cutting_short(model.item_embedding):
+            with torch.no_grad(), self._minding_batches(model.item_embedding):
                 result = evaluate(model, self.task.dataset, self.config.evaluation, "validation", self.world.device)
         except CutShort as cut:
             self.leave(cut.number)
@@ -447,6 +532,16 @@ class _Training:
         self.since_best = 0
         self.best = {"metric": metric, "value": value, "epoch": epoch, "step": self.step, "metrics": self.metrics}
         return True
+
+    @contextlib.contextmanager
+    def _minding_batches(self, embedding: nn.Module) -> Iterator[None]:
+        """A validation: each batch, which looks items up in ``embedding``, is progress, and heeds a signal."""
+        hook = embedding.register_forward_pre_hook(lambda *_: self.watchdog.working("validating"))
+        try:
+            with self.preemption.cutting_short(embedding):
+                yield
+        finally:
+            hook.remove()
 
     def has_converged(self) -> bool:
         """Whether early stopping ends the run."""
@@ -494,14 +589,14 @@ class _Training:
         preempted = Preempted(number)
         if self.saved_step != self.step:
             self.save(keep_more=1)  # should this one be written again after its validation, another is whole meanwhile
-        self.finish_save()
+        self.finish_save(must=True)
         tag = checkpoint.tag_of(self.step)
         self.tracker.event("preempted", step=self.step, signal=preempted.signal, checkpoint=tag, status=STATUS)
         raise preempted
 
     def save(self, keep_more: int = 0) -> None:
         """Begins a checkpoint of where training stands."""
-        self.meter.check(self.step)
+        self.settle()
         self.finish_save()
         dataset = self.task.dataset
         state = {
@@ -513,6 +608,7 @@ class _Training:
             "since_best": self.since_best,
             "metrics": self.metrics,
             "owes_epoch_end": self.owes_epoch_end,
+            "skipped_steps": self.skips.total,
             "config": to_dict(self.config),
             "dataset_fingerprint": self.task.fingerprint,
             "catalogue": checkpoint.catalogue_of(dataset),
@@ -522,28 +618,46 @@ class _Training:
             "version": s3rec_dist.__version__,
         }
         best = checkpoint.tag_of(self.best["step"]) if self.best else None
-        on_rank_zero(self.folder.keep)  # before the checkpoint: a run that goes on from it has what led to it
-        self.saver.begin(state, keep=self.stage.keep_checkpoints + keep_more, best=best)
         self.saved_step = self.step
+        try:
+            on_rank_zero(self.folder.keep)  # before the checkpoint: a run that goes on from it has what led to it
+        except (OSError, StorageError) as error:
+            self.tell_of_failure(error)
+        else:
+            self.saver.begin(state, keep=self.stage.keep_checkpoints + keep_more, best=best)
         if not self.stage.checkpoint_async:
             self.finish_save()
 
-    def finish_save(self) -> None:
-        """Waits for the checkpoint in writing, if there is one, and raises what has gone wrong with it."""
+    def finish_save(self, *, must: bool = False) -> None:
+        """Waits for the checkpoint in writing, if there is one. Training goes on without one that could not be written,
+        as on a full disk, unless it ``must`` be there."""
+        self.watchdog.working("saving a checkpoint")
         self.saver.wait()
         self.tell_of_save()
-        if self.save_error is not None:
-            raise self.save_error
+        error, self.save_error = self.save_error, None
+        if error is None:
+            return
+        if not isinstance(error, (CheckpointError, OSError, StorageError)):
+            raise error
+        if must:
+            raise CheckpointError(f"{error}. Run the command again to go on from the newest checkpoint") from error
+        if self.best is not None and self.best["step"] == self.saved_step:
+            self.best = self.saved_best  # the best of those that are there
+        self.saved_step = -1
 
     def tell_of_save(self) -> None:
-        """Tells of the checkpoint in writing once it is written or has failed, which all ranks raise together later."""
+        """Tells of the checkpoint in writing once it is written or has failed, which all ranks heed together later."""
         outcome = self.saver.outcome()
         if isinstance(outcome, str):
+            self.saved_best = self.best
             self.tracker.event("checkpoint", step=self.saved_step, tag=outcome)
         elif outcome is not None:
-            self.save_error = outcome
-            with contextlib.suppress(OSError):  # the same full disk
-                self.tracker.event("checkpoint_failed", step=self.saved_step, reason=str(outcome))
+            self.tell_of_failure(outcome)
+
+    def tell_of_failure(self, error: BaseException) -> None:
+        """Tells that a checkpoint was not written."""
+        self.save_error = error
+        self.tracker.event("checkpoint_failed", step=self.saved_step, reason=str(error))
 
     def close(self) -> None:
         """Stops the reading and writing threads and lets go of DeepSpeed."""
@@ -614,6 +728,7 @@ _FREE = {
         "checkpoint_async",
         "keep_checkpoints",
         "log_every_steps",
+        "max_skipped_steps",
         "gradient_accumulation",
         "patience",
     },

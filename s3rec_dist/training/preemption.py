@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 from s3rec_dist.training.engine import World, gather
+from s3rec_dist.training.later import Later
 
 STATUS = 75
 """EX_TEMPFAIL of sysexits.h: the same command, run again, goes on."""
@@ -132,18 +133,12 @@ class _Flag:
     """The largest of all ranks' numbers, on its way. A GPU is not waited for until it is read."""
 
     def __init__(self, number: int, device: torch.device) -> None:
-        self._value = torch.full((1,), number, dtype=torch.int32, device=device)
-        self._work = dist.all_reduce(self._value, op=dist.ReduceOp.MAX, async_op=True)
-        self._copied: torch.cuda.Event | None = None
+        value = torch.full((1,), number, dtype=torch.int32, device=device)
+        self._work = dist.all_reduce(value, op=dist.ReduceOp.MAX, async_op=True)
         if device.type == "cuda":
             self._work.wait()  # of the GPU's stream, not of this thread
-            self._value = torch.empty(1, dtype=torch.int32, pin_memory=True).copy_(self._value, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        self._largest = Later(value)
 
     def read(self) -> int:
-        if self._copied is None:
-            self._work.wait()
-        else:
-            self._copied.synchronize()
-        return int(self._value.item())
+        self._work.wait()
+        return int(self._largest.read())

@@ -1,15 +1,14 @@
 """What training measures of itself between two logs: losses, throughput, where the time goes, who is slow, memory.
 
     meter = Meter(engine, flops)
-    meter.add(result.losses, packed, count)     # after each step
-    numbers = meter.read(step)                  # all ranks: {"train/loss": ..., "time/forward_ms": ..., ...}
+    meter.streamed(packed), meter.add(launched)  # in each step
+    numbers = meter.read()                  # all ranks: {"train/loss": ..., "time/forward_ms": ..., ...}
 
 Nothing waits for a GPU between two reads. A read is one all-reduce, in which every rank learns every rank's numbers.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import socket
 import statistics
@@ -21,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from s3rec_dist.data.stream import PackedSequences
-from s3rec_dist.training.engine import Engine, LossSums, Precision, gather, together
+from s3rec_dist.training.engine import Engine, Precision, gather
+from s3rec_dist.training.nonfinite import Launched
 from s3rec_dist.training.phases import PHASES, wire_bytes
 from s3rec_dist.training.tracking import peak_memory_mb
 
@@ -53,10 +53,6 @@ def peak_tflops(name: str, precision: Precision) -> float | None:
     return found and found[precision == "fp32"]
 
 
-class TrainingError(ValueError):
-    """Training that cannot go on; the message says why and what to change."""
-
-
 @dataclass(frozen=True)
 class Work:
     """What was trained on: a batch's size, or that of many."""
@@ -80,9 +76,10 @@ class Meter:
         self._peak = peak_tflops(name, engine.precision)
         self._sums: torch.Tensor | None = None  # [1 + tasks]: total, then each task's
         self._tasks: list[str] = []
-        self._reset()
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Forgets what was counted."""
         self._sums = None
         self._counts: dict[str, int] = {}
         self._averaged_over = self._steps = self._samples = self._tokens = self._squares = 0
@@ -96,43 +93,36 @@ class Meter:
         lengths = np.diff(packed.offsets.numpy()).astype(np.int64)
         self._squares += int(lengths @ lengths)
 
-    def add(self, losses: Sequence[LossSums], count: int) -> None:
-        """One step of this rank; ``count`` is its part of what the loss is divided by."""
-        for part in losses:
+    def add(self, launched: Launched) -> None:
+        """One step of this rank that was not skipped."""
+        for part in launched.losses:
             self._tasks = list(part.terms)
             sums = torch.stack([part.total.detach(), *part.terms.values()]).double()
             self._sums = sums if self._sums is None else self._sums + sums
             for task, terms in part.counts.items():
                 self._counts[task] = self._counts.get(task, 0) + terms
-        self._averaged_over += count
+        self._averaged_over += launched.count
 
-    def check(self, step: int) -> None:
-        """Raises :class:`TrainingError`, on all ranks, where a loss is not a number."""
-        with together():
-            if self._sums is not None and not math.isfinite(self._sums[0].item()):
-                self._fail(step)
-
-    def read(self, step: int) -> dict[str, float]:
-        """The numbers over all ranks, which start anew. All ranks must call it."""
-        assert self._sums is not None
-        sums, ranks = self._gather(self._sums)
-        counts = {task: sum(rank[f"terms {task}"] for rank in ranks) for task in self._tasks}
+    def read(self) -> dict[str, float]:
+        """The numbers over all ranks, without losses where all steps were skipped; they start anew. All ranks must call
+        it."""
+        tasks = [] if self._sums is None else self._tasks
+        nothing = torch.zeros(0, dtype=torch.float64, device=self._world.device)
+        sums, ranks = self._gather(nothing if self._sums is None else self._sums, tasks)
+        counts = {task: sum(rank[f"terms {task}"] for rank in ranks) for task in tasks}
         total = {name: sum(rank[name] for rank in ranks) for name in ("over", "samples", "tokens", "squares")}
-        loss, *terms = sums
-        if not math.isfinite(loss):
-            self._fail(step)
-        numbers = {"train/loss": loss / max(total["over"], 1)}
-        numbers |= {f"train/{t}": s / max(counts[t], 1) for t, s in zip(self._tasks, terms, strict=True)}
+        numbers = {"train/loss": sums[0] / max(total["over"], 1)} if tasks else {}
+        numbers |= {f"train/{t}": s / max(counts[t], 1) for t, s in zip(tasks, sums[1:], strict=True)}
         work = Work(total["samples"], total["tokens"], total["squares"], counts)
         numbers |= throughput(ranks, self._steps, self._flops(work), self._peak)
-        self._reset()
+        self.reset()
         return numbers
 
-    def _gather(self, sums: torch.Tensor) -> tuple[list[float], list[dict[str, float]]]:
+    def _gather(self, sums: torch.Tensor, tasks: Sequence[str]) -> tuple[list[float], list[dict[str, float]]]:
         """Loss sums over all ranks, and every rank's other numbers."""
         world = self._world
         seconds = self._clock.read()
-        own: dict[str, float] = {f"terms {task}": self._counts[task] for task in self._tasks}
+        own: dict[str, float] = {f"terms {task}": self._counts[task] for task in tasks}
         own |= {"over": self._averaged_over, "samples": self._samples, "tokens": self._tokens, "squares": self._squares}
         sent = self._engine.collectives.sent.items()
         own |= {"sent": sum(wire_bytes(kind, size, world.size) for kind, size in sent), **seconds}
@@ -148,13 +138,6 @@ class Meter:
         rows = table.tolist()
         whole = [sum(column) for column in zip(*(row[: len(sums)] for row in rows), strict=True)]
         return whole, [dict(zip(own, row[len(sums) :], strict=True)) for row in rows]
-
-    def _fail(self, step: int) -> None:
-        raise TrainingError(
-            f"the training loss is not a finite number any more by step {step}; lower the learning rate, set "
-            "gradient_clipping, or use engine.precision=fp32, and start over with --no_resume. Checkpoints are as they "
-            "were, from before"
-        )
 
 
 def throughput(ranks: Sequence[Mapping[str, float]], steps: int, flops: float, peak: float | None) -> dict[str, float]:

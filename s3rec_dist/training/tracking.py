@@ -89,11 +89,17 @@ class Trackers(Tracker):
 
 
 class JsonlTracker(Tracker):
-    """Appends to a file: ``{"time", "step", <metrics>}`` and ``{"time", "event", <facts>}``."""
+    """Appends to a file: ``{"time", "step", <metrics>}`` and ``{"time", "event", <facts>}``.
 
-    def __init__(self, path: Path) -> None:
+    What a full disk does not take is kept and written later; ``alarm``, an event of other trackers, tells of it once.
+    """
+
+    def __init__(self, path: Path, alarm: Callable[..., None] = lambda name, **facts: None) -> None:
         _drop_torn_line(path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by finish)
+        self._path, self._alarm = path, alarm
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by finish)
+        self._waiting = b""
+        self._is_failing = False
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._write({"step": step, **metrics})
@@ -103,13 +109,21 @@ class JsonlTracker(Tracker):
 
     def finish(self, status: str = "finished") -> None:
         if not self._file.closed:
-            with contextlib.suppress(OSError):  # a full disk has been reported by then
-                self.event("end", status=status)
-                self._file.close()
+            self.event("end", status=status)
+            self._file.close()
+            if self._waiting:
+                warnings.warn(f"{self._path} lacks its last {self._waiting.count(10)} lines")
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps({"time": round(time.time(), 3), **entry}).encode() + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._is_failing = False
+        except OSError as error:
+            if not self._is_failing:
+                self._is_failing = True
+                self._alarm("metrics_failed", file=str(self._path), reason=error.strerror)
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -164,8 +178,7 @@ class TerminalTracker(Tracker):
         if name in ("best", "done"):
             self.finish()
         if name not in ("checkpoint", "end"):
-            details = ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in facts.items())
-            self._print(f"{self._title} {name.replace('_', ' ')}: {details}")
+            self._print(f"{self._title} {name.replace('_', ' ')}: {_facts_in_words(facts)}")
 
     def finish(self, status: str = "finished") -> None:
         if self._bar is not None:
@@ -209,6 +222,7 @@ _HIDDEN = {
     "sent_mb",
     "straggler_rank",
     "straggler_ratio",
+    "skipped_steps",
 }
 _SHORT = {"learning_rate": "rate", "gradient_norm": "norm"}
 
@@ -225,10 +239,18 @@ def _in_words(metrics: Mapping[str, float]) -> str:
     return "  ".join(words)
 
 
+def _facts_in_words(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in facts.items())
+
+
 def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+FAULTS = {"skipped_step", "rewind", "diverged", "hang", "checkpoint_failed", "metrics_failed"}
+"""Events that W&B sends alerts of."""
 
 
 class WandbTracker(Tracker):
@@ -267,7 +289,9 @@ class WandbTracker(Tracker):
         self._guard(lambda: self._run.log({"step": step, **metrics}))
 
     def event(self, name: str, **facts: Any) -> None:
-        if name in ("best", "preempted"):
+        if name in FAULTS:
+            self._guard(lambda: self._run.alert(name.replace("_", " "), _facts_in_words(facts), level="WARN"))
+        if name in FAULTS or name in ("best", "preempted"):
             self._guard(lambda: self._run.summary.update({f"{name}/{key}": value for key, value in facts.items()}))
         if name == "preempted":
             self._guard(lambda: self._run.mark_preempting())
@@ -290,10 +314,10 @@ def open_tracker(config: Config, stage: str, folder: Path, rank: int = 0) -> Tra
     """What ``config.tracking`` asks for, on rank 0; elsewhere a tracker that does nothing."""
     if rank != 0:
         return Tracker()
-    trackers: list[Tracker] = [JsonlTracker(folder / METRICS_FILE), TerminalTracker(stage)]
+    shown: list[Tracker] = [TerminalTracker(stage)]
     if config.tracking.wandb != "disabled":
-        trackers.append(WandbTracker(config, stage, folder))
-    return Trackers(trackers)
+        shown.append(WandbTracker(config, stage, folder))
+    return Trackers([JsonlTracker(folder / METRICS_FILE, Trackers(shown).event), *shown])
 
 
 def peak_memory_mb() -> float:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 from s3rec_dist.__main__ import main
 from s3rec_dist.data.dataset import Dataset, DatasetError
+from s3rec_dist.data.stream import Stream
 from s3rec_dist.training import checkpoint, loop
-from s3rec_dist.training.tracking import JsonlTracker
 
 
 def fail(how: str) -> None:
@@ -32,30 +34,37 @@ def fail(how: str) -> None:
 
         mock.patch.object(Dataset, "segment_pool", whole_pool).start()
         mock.patch.object(Dataset, "read_row_group", damaged).start()
-    elif how == "log":
-        write = JsonlTracker._write
-
-        def full(self: JsonlTracker, entry: dict[str, Any]) -> None:
-            if entry.get("step") == 6:
-                raise OSError(28, "No space left on device")
-            write(self, entry)
-
-        mock.patch.object(JsonlTracker, "_write", full).start()
     elif how == "save":
 
         def no_room(*arguments: Any, **options: Any) -> None:
             raise OSError(28, "no room left")
 
         mock.patch.object(checkpoint, "save_file", no_room).start()
-    elif how == "killed":
+    elif how in AT_STEP_SIX:
         rate = loop.learning_rate
 
-        def killed(stage: Any, step: int, total: int) -> float:
+        def failing(stage: Any, step: int, total: int) -> float:
             if step == 6:
-                os.kill(os.getpid(), signal.SIGKILL)
+                AT_STEP_SIX[how]()
             return rate(stage, step, total)
 
-        mock.patch.object(loop, "learning_rate", killed).start()
+        mock.patch.object(loop, "learning_rate", failing).start()
+    elif how == "slow data":
+        iterate = Stream.iterate
+
+        def slow(self: Stream, *arguments: Any) -> Iterator[Any]:
+            for step, packed in enumerate(iterate(self, *arguments)):
+                time.sleep(8 * (step == 6))
+                yield packed
+
+        mock.patch.object(Stream, "iterate", slow).start()
+
+
+AT_STEP_SIX: dict[str, Callable[[], None]] = {
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "hung": lambda: time.sleep(600),
+}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import shutil
-import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from s3rec_dist.data.dataset import Dataset, DatasetError
 from s3rec_dist.data.order import OrderError
 from s3rec_dist.data.prepare import PrepareSettings, prepare
 from s3rec_dist.evaluation import EvaluationResult, evaluate
-from s3rec_dist.model import S3Rec
 from s3rec_dist.training import checkpoint, loop
 from s3rec_dist.training.checkpoint import CheckpointError
 from s3rec_dist.training.engine import World
@@ -796,79 +794,6 @@ def test_a_sequence_that_could_hold_all_items_is_refused(tmp_path: Path) -> None
 
 
 # Failures
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, step: int, what: str) -> None:
-    """From the forward pass of ``step`` on, a loss or a gradient is not a number."""
-    calls = iter(range(1000))
-    original = S3Rec.pretrain_losses
-
-    def losses(self: S3Rec, batch: Any, dropout_seed: int | None = None) -> Any:
-        found = original(self, batch, dropout_seed)
-        if next(calls) >= step:
-            bad = found.total * math.nan if what == "loss" else Spoiled.apply(found.total)
-            found = type(found)(bad, found.terms, found.counts)
-        return found
-
-    monkeypatch.setattr(S3Rec, "pretrain_losses", losses)
-
-
-class Spoiled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        return grads[0] * math.nan
-
-
-@pytest.mark.parametrize("every", [1, 1000])
-def test_a_loss_that_is_not_a_number_stops_training_before_it_reaches_a_checkpoint(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
-) -> None:
-    config = make_config(dataset, tmp_path, pretrain__log_every_steps=every, pretrain__epochs=2)
-    poison(monkeypatch, 20, "loss")
-    with pytest.raises(TrainingError, match=r"loss is not a finite number.*learning rate.*--no_resume"):
-        run("pretrain", config)
-    assert tags(tmp_path / "pretrain") == ["step-00000017"]
-    assert metrics(tmp_path / "pretrain")[-1]["status"] == "failed"
-    assert all(math.isfinite(loss) for loss in curve(tmp_path / "pretrain").values())
-
-
-def test_weights_that_are_not_numbers_are_never_saved(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    poison(monkeypatch, 33, "gradient")  # the second epoch's last step: its loss is still a number
-    config = make_config(dataset, tmp_path, pretrain__log_every_steps=1000, pretrain__epochs=2)
-    with pytest.raises((CheckpointError, TrainingError), match=r"not .*finite number"):
-        run("pretrain", config)
-    assert tags(tmp_path / "pretrain") == ["step-00000017"]
-    assert all(value.isfinite().all() for value in weights(tmp_path / "pretrain").values())
-
-
-def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
-    dataset: Path, whole: dict[str, Path], tmp_path: Path
-) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=480k", "tmpfs", str(small)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("may not mount a small file system here")
-    try:
-        config = make_config(dataset, small, pretrain__keep_checkpoints=9)
-        with pytest.raises(CheckpointError, match=r"could not write checkpoint.*make room"):
-            run("pretrain", config)
-        folder = small / "pretrain"
-        found = checkpoint.newest(folder / "checkpoints")
-        assert found is not None and not found.damaged and found.state["step"] < 51
-        assert not list((folder / "checkpoints").glob(".*"))
-        subprocess.run(["mount", "-o", "remount,size=10m", str(small)], check=True)
-        run("pretrain", config)
-        assert curve(folder) == curve(whole["pretrain"])
-        assert_same_weights(folder, whole["pretrain"])
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_a_shard_that_cannot_be_read_stops_training_with_its_name(dataset: Path, tmp_path: Path) -> None:

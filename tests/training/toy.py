@@ -48,6 +48,17 @@ class Toy(nn.Module):
         return ToyLosses(total, {"square": total.detach()}, {"square": len(batch)})
 
 
+def breaking_losses(model: Toy, batch: tuple[str, torch.Tensor], dropout_seed: int | None) -> ToyLosses:
+    """Those of a batch whose loss, or the gradient of whose finite loss, is beyond the finite numbers."""
+    how, rows = batch
+    found = model.losses(rows, dropout_seed)
+    if how == "loss":
+        return ToyLosses(found.total * 1e38 * 1e38, {"square": found.terms["square"] * 1e38 * 1e38}, found.counts)
+    if how == "gradient":
+        return ToyLosses(found.total + (found.total * 0).sqrt(), found.terms, found.counts)  # 0 times infinity
+    return found
+
+
 def batch_of(step: int) -> torch.Tensor:
     """The global batch of a step; row numbers repeat."""
     return torch.randint(0, ROWS, (BATCH,), generator=torch.Generator().manual_seed(step))
@@ -60,13 +71,14 @@ def make_engine(
     precision: Any = "fp32",
     offload: Any = "none",
     accumulation: int = 1,
+    losses: Any = Toy.losses,
     **settings: Any,
 ) -> Engine:
     train = PretrainConfig(
         batch_size=BATCH, gradient_accumulation=accumulation, learning_rate=LEARNING_RATE, **settings
     )
     config = EngineConfig(device="cpu", threads=1, zero_stage=stage, precision=precision, offload=offload)
-    return Engine(Toy(), Toy.losses, train, config, world)
+    return Engine(Toy(), losses, train, config, world)
 
 
 def train(engine: Engine, steps: range, *, accumulation: int = 1, with_norm: bool = False) -> list[list[float]]:
@@ -98,6 +110,38 @@ def curves(world: World) -> dict[str, Any]:
             found[f"{name} {stage}"] = train(engine, range(12), accumulation=accumulation, with_norm=True)
             engine.close()
     return found
+
+
+def skips(world: World) -> dict[str, Any]:
+    """Whether steps that break on the last rank are skipped on all, and leave losses and weights as they would be."""
+    return {
+        f"{precision}, stage {stage}": gather(_skipped(world, stage, precision, accumulation))
+        for stage in range(4)
+        for precision, accumulation in (("fp32", 1), ("bf16", 2))
+    }
+
+
+def _skipped(world: World, stage: int, precision: str, accumulation: int) -> list[bool]:
+    weights, curves, skipped = [], [], []
+    for breaks in ({}, {1: "loss", 4: "gradient"}):
+        engine = make_engine(world, stage=stage, precision=precision, accumulation=accumulation, losses=breaking_losses)
+        curve = []
+        for step in range(6):
+            own = batch_of(step)[world.rank :: world.size]
+            parts = own.chunk(accumulation)
+            if step in breaks:
+                how = breaks[step] if world.rank == world.size - 1 else ""
+                broken = [(how, parts[0]), *(("", part) for part in parts[1:])]
+                result = engine.step(broken, count=BATCH, learning_rate=LEARNING_RATE)
+                skipped.append(bool(result.skipped))
+            result = engine.step([("", part) for part in parts], count=BATCH, learning_rate=LEARNING_RATE)
+            skipped.append(not result.skipped)
+            curve.append(sum(part.total.item() for part in result.losses))
+        weights.append(engine.fp32_weights(everywhere=True))
+        curves.append(curve)
+        engine.close()
+    same = all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    return [all(skipped), curves[0] == curves[1], same]
 
 
 def failures(world: World) -> dict[str, Any]:
@@ -182,7 +226,7 @@ def state_of(engine: Engine, step: int) -> dict[str, Any]:
 def main() -> None:
     mode, folder = sys.argv[1], Path(sys.argv[2])
     world = start(EngineConfig(device="cpu", threads=1))
-    found = {"curves": curves, "failures": failures, "saves": lambda w: saves(w, folder)}[mode](world)
+    found = {"curves": curves, "failures": failures, "skips": skips, "saves": lambda w: saves(w, folder)}[mode](world)
     if world.rank == 0:
         print("RESULT " + json.dumps(found), flush=True)
 
