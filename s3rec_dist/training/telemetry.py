@@ -114,7 +114,7 @@ class Meter:
         numbers = {"train/loss": sums[0] / max(total["over"], 1)} if tasks else {}
         numbers |= {f"train/{t}": s / max(counts[t], 1) for t, s in zip(tasks, sums[1:], strict=True)}
         work = Work(total["samples"], total["tokens"], total["squares"], counts)
-        numbers |= throughput(ranks, self._steps, self._flops(work), self._peak)
+        numbers |= throughput(ranks, self._steps, self._flops(work) if tasks else 0.0, self._peak)
         self.reset()
         return numbers
 
