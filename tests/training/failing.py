@@ -40,6 +40,8 @@ def fail(how: str) -> None:
             raise OSError(28, "no room left")
 
         mock.patch.object(checkpoint, "save_file", no_room).start()
+    elif how == "killed while it saves":
+        mock.patch.object(checkpoint, "describe", lambda path: AT_STEP_SIX["killed"]()).start()
     elif how in AT_STEP_SIX:
         rate = loop.learning_rate
 
