@@ -7,6 +7,7 @@
     s3rec bench resume                                # seconds to the middle of an epoch of a billion samples
     s3rec bench kernels                               # attention, layers, losses beside their rivals
     s3rec bench step --batch-sizes 256 16384          # the step as a whole: time, tokens/s, kernels, idle share
+    s3rec bench scaling                               # 1, 2, 4 ranks measured here; 8 to 1,024 GPUs modelled
     s3rec bench prepare --events 5000000 50000000     # seconds, events/s and memory, by size of a synthetic log
     s3rec bench faults                                # a run that is killed 100 times, and 300 damaged checkpoints
 
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset",
         metavar="DIR",
-        help="dataset that 's3rec prepare' wrote; resume, prepare, kernels, step and faults need none",
+        help="dataset that 's3rec prepare' wrote; resume, prepare, kernels, step, faults and scaling need none",
     )
     parser.add_argument("--config", metavar="FILE", help="settings of model and stage (default: the paper's)")
     parser.add_argument(
@@ -100,6 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("corruptions", 300, "damaged checkpoints"),
     ):
         parser.add_argument(f"--{fault}", type=int, default=count, metavar="N", help=f"faults: {what} ({count})")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="scaling: processes (default: 1 2 4)"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="scaling: also write scaling.md, .json, and .png where matplotlib is installed"
+    )
     parser.add_argument("--profile", action="store_true", help="also show which operations the time goes to")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, as in engine.threads=1 pretrain.batch_size=1024"
@@ -340,11 +347,28 @@ def _faults(config: Config, dataset: Dataset | None, world: World, args: argpars
     return bench_faults(config, campaign)
 
 
+def _scaling(config: Config, dataset: Dataset | None, world: World, args: argparse.Namespace) -> Figures:
+    """Ranks that torchrun starts here, and a model of many GPUs."""
+    from s3rec_dist.bench.scaling import bench_scaling
+
+    with tempfile.TemporaryDirectory(prefix="s3rec-bench-") as folder:
+        place = (dataset or beauty_like(Path(folder))).path
+        config = replace(config, data=replace(config.data, path=place), engine=replace(config.engine, threads=1))
+        return bench_scaling(
+            config,
+            args.ranks,
+            steps=args.steps,
+            repetitions=args.repetitions,
+            output=args.output,
+            progress=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+
+
 def _shown(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-WITHOUT_DATASET = ("resume", "prepare", "kernels", "step", "faults")
+WITHOUT_DATASET = ("resume", "prepare", "kernels", "step", "faults", "scaling")
 
 BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "reconstruct": _reconstruct,
@@ -357,6 +381,7 @@ BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "kernels": _kernels,
     "step": _step,
     "faults": _faults,
+    "scaling": _scaling,
 }
 
 

@@ -35,6 +35,7 @@ from s3rec_dist.data.prepare import PrepareSettings, prepare
 from s3rec_dist.data.stream import PackedSequences, Stream
 from s3rec_dist.training.engine import Engine, StepResult, World
 from s3rec_dist.training.loop import StageName, Task
+from s3rec_dist.training.phases import IDLE
 
 PROFILED_STEPS = 10
 
@@ -55,7 +56,10 @@ class Steps:
 
     def step(self) -> tuple[PackedSequences, StepResult]:
         """One step, which on a GPU may not be done yet, and the batch it was on."""
-        packed, task = next(self._batches), self.task
+        task, clock = self.task, self.engine.clock
+        clock.enter("data")
+        packed = next(self._batches)
+        clock.enter("reconstruct")
         result = self.engine.step(
             [task.batch(part, 0) for part in packed.split(task.stage.gradient_accumulation)],
             count=max(task.count(packed), 1),
@@ -68,6 +72,7 @@ class Steps:
     def run(self, count: int) -> tuple[int, int]:
         """``count`` steps; this process's samples and items in them."""
         batches = [self.step()[0] for _ in range(count)]
+        self.engine.clock.enter(IDLE)
         return sum(map(len, batches)), sum(len(packed.items) for packed in batches)
 
     def close(self) -> None:

@@ -52,7 +52,15 @@ from s3rec_dist.training.preemption import STATUS, CutShort, Preempted, Preempti
 from s3rec_dist.training.preflight import agree
 from s3rec_dist.training.profiling import ProfiledSteps, StepProfiler
 from s3rec_dist.training.telemetry import Meter, Stragglers, Work
-from s3rec_dist.training.tracking import KEPT_FILES, METRICS_FILE, JsonlTracker, Tracker, clock, open_tracker
+from s3rec_dist.training.tracking import (
+    KEPT_FILES,
+    METRICS_FILE,
+    JsonlTracker,
+    Tracker,
+    clock,
+    open_tracker,
+    times_started,
+)
 from s3rec_dist.training.watchdog import Watchdog
 
 StageName = Literal["pretrain", "finetune"]
@@ -251,6 +259,7 @@ def _train(
         on_rank_zero(folder.move_aside)
     on_rank_zero(lambda: _prepare_folder(folder, config))
 
+    restarts = times_started(folder.local / METRICS_FILE)
     with together():
         tracker = open_tracker(config, name, folder.local, world.rank)
     watchdog.record = lambda facts: _record_hang(facts, tracker, folder, world)
@@ -258,6 +267,7 @@ def _train(
     try:
         training = _Training(task, model, world, folder, tracker, preemption, watchdog, profile)
         try:
+            training.restarts = restarts
             if found is not None:
                 training.resume(found)
             elif name == "finetune":
@@ -321,6 +331,7 @@ class _Training:
         self.stragglers = Stragglers()
         self.profile, self.profiler = profile, StepProfiler(profile, folder.local, world.rank)
         self.saver = checkpoint.Saver(self.engine, *folder.checkpoints, background=self.stage.checkpoint_async)
+        self.restarts = 0
         self.step = 0
         self.saved_step = -1
         self.save_error: BaseException | None = None
@@ -380,6 +391,7 @@ class _Training:
         """Trains to the last epoch, or until validation stops improving."""
         self.tracker.event(
             "start",
+            restarts=self.restarts,
             step=self.step,
             steps=self.total_steps,
             samples_per_epoch=self.stream.samples_per_epoch,

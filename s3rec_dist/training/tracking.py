@@ -252,9 +252,14 @@ def _number(value: Any) -> str:
 FAULTS = {"skipped_step", "rewind", "diverged", "hang", "checkpoint_failed", "metrics_failed"}
 """Events that W&B sends alerts of."""
 
+WANDB_INIT_S, WANDB_FINISH_S = 30.0, 15.0
+"""How long W&B's server is waited for at the start of a run and at its end. In between nothing waits for it."""
+
 
 class WandbTracker(Tracker):
-    """Weights & Biases, online or offline. Whatever it raises is told once; the run goes on without it."""
+    """Weights & Biases, online or offline: one run for all ranks, whose numbers rank 0 logs, and the same one again
+    after a resume. Where the server cannot be reached at the start, the run is recorded offline. Whatever else W&B
+    raises is told once; the run goes on without it."""
 
     def __init__(self, config: Config, stage: str, folder: Path) -> None:
         self._run: Any = None
@@ -268,7 +273,7 @@ class WandbTracker(Tracker):
         id_file = folder / _WANDB_ID_FILE
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
-        self._run = wandb.init(
+        options: dict[str, Any] = dict(
             project=config.tracking.project,
             entity=config.tracking.entity or None,
             name=f"{name}/{stage}",
@@ -276,11 +281,22 @@ class WandbTracker(Tracker):
             job_type=stage,
             id=id_file.read_text(encoding="utf-8").strip(),
             resume="allow",
-            mode=config.tracking.wandb,
             dir=str(folder),
             config=to_dict(config),
-            settings=wandb.Settings(console="off", silent=True, init_timeout=60),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                init_timeout=WANDB_INIT_S,
+                finish_timeout=WANDB_FINISH_S,
+                finish_timeout_raises=True,
+            ),
         )
+        try:
+            self._run = wandb.init(mode=config.tracking.wandb, **options)
+        except wandb.errors.CommError as error:
+            warnings.warn(f"W&B is not reached, the run is recorded for 'wandb sync' in {folder}: {hide(str(error))}")
+            wandb.teardown()  # its service holds on to the run's id
+            self._run = wandb.init(mode="offline", **options)
         # Our own step counts: W&B's would refuse the steps that a resumed run trains again.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -291,7 +307,7 @@ class WandbTracker(Tracker):
     def event(self, name: str, **facts: Any) -> None:
         if name in FAULTS:
             self._guard(lambda: self._run.alert(name.replace("_", " "), _facts_in_words(facts), level="WARN"))
-        if name in FAULTS or name in ("best", "preempted"):
+        if name in FAULTS or name in ("start", "best", "preempted"):
             self._guard(lambda: self._run.summary.update({f"{name}/{key}": value for key, value in facts.items()}))
         if name == "preempted":
             self._guard(lambda: self._run.mark_preempting())
@@ -329,6 +345,14 @@ def peak_memory_mb() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def times_started(path: Path) -> int:
+    """How often the run of a metrics.jsonl, which need not exist, has been started."""
+    if not path.exists():
+        return 0
+    with open(path, encoding="utf-8") as file:
+        return sum('"event": "start"' in line for line in file)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
