@@ -244,7 +244,7 @@ def _worker(job: str, result: str) -> None:
         loopback = (_loopback_bytes() - before) / steps / world.size
         phases = {phase: statistics.fmean(seconds[phase] for seconds, _ in ranks) for phase in PHASES}
         rows.append((phases, sum(count for _, count in ranks), sent, loopback))
-    parameters = sum(p.numel() for p in training.engine.model.parameters())
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in training.engine.model.parameters())  # whole ones
     timed = [(size * 4, _seconds_of_all_reduce(size, world.device)) for size in (1, 1 << 14, 1 << 18, parameters)]
     training.close()
     if world.rank == 0:

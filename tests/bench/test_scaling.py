@@ -17,6 +17,7 @@ from s3rec_dist.bench.scaling import (
     all_reduce,
     fit_all_reduce,
     model,
+    predicted,
     sent_bytes,
     step_parts,
 )
@@ -31,13 +32,12 @@ def test_two_ranks_send_what_is_computed_and_counted(
     data = str(tmp_path / "data")
     assert main(["prepare", "--source", "recbole", "--input", str(ml100k), "--output", data]) == 0
     settings = ["model.max_length=8", "pretrain.batch_size=64", "engine.device=cpu"]
-    arguments = ["bench", "scaling", "--dataset", data, "--steps", "3", "--repetitions", "1", "--ranks", "1", "2"]
+    arguments = ["bench", "scaling", "--dataset", data, "--steps", "3", "--repetitions", "1", "--ranks", "2"]
     assert main([*arguments, "--output", str(tmp_path / "report"), *settings]) == 0
     *_, last = capsys.readouterr().out.splitlines()
     assert json.loads(last)["2_ranks_step_ms"] > 0
     report = json.loads((tmp_path / "report" / "scaling.json").read_text())
-    one, two = report["measured"]["1"], report["measured"]["2"]
-    assert one["sent"] == [0.0]
+    two = report["measured"]["2"]
     expected, _ = sent_bytes(two["parameters"], 0, 2)
     assert two["sent"] == [pytest.approx(expected, rel=0.01)]
     assert two["loopback"] == [pytest.approx(expected, rel=0.1)] or not two["loopback"]
@@ -77,6 +77,14 @@ def test_larger_tables_and_slower_networks_scale_less_and_weak_scaling_further_t
 def test_latency_and_bandwidth_are_found_again_from_all_reduces() -> None:
     timed = [(size, 5e-5 + wire_bytes("all_reduce", size, 4) / 2e9) for size in (4, 65_536, 1 << 20, 1 << 24)]
     assert fit_all_reduce(timed, 4) == (pytest.approx(5e-5), pytest.approx(2e9))
+
+
+def test_a_step_of_more_ranks_is_predicted_from_one_rank_s_and_the_all_reduces() -> None:
+    one = {"phases": [{"forward": 0.5, "backward": 0.7}], "cores": 2}
+    timed = [(size, 0.001 + wire_bytes("all_reduce", size, 4) / 1e9) for size in (4, 1 << 20, 1 << 24)]
+    four = {"all_reduce": timed, "parameters": 250_000_000, "cores": 2}
+    assert predicted({1: one, 4: four}, 4) == pytest.approx(0.6 + 0.001 + 1.5)
+    assert predicted({4: four}, 4) is None
 
 
 @pytest.mark.parametrize(("zero", "least", "most"), [(0, 2, 2), (1, 3, 3), (2, 3, 3), (3, 2, 3)])
