@@ -73,7 +73,7 @@ def make_dataset(
     return prepare(PrepareSettings(source="s3rec", input=str(raw), output=str(folder / "dataset"), ids=ids, **layout))
 
 
-def make_config(dataset: Path, output: Path, **changes: Any) -> Config:
+def make_config(dataset: Path, output: Path | str, **changes: Any) -> Config:
     """``SETTINGS`` for one dataset and output; ``changes`` are ``section__setting=value``."""
     tree = json.loads(json.dumps({**SETTINGS, "output": str(output), "data": {"path": str(dataset)}}))
     for key, value in changes.items():

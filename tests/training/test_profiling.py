@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from runs import Died, dying_before, events, make_config, make_dataset
 
+from s3rec_dist.config import StorageConfig
+from s3rec_dist.storage import Storage
 from s3rec_dist.training import loop
 from s3rec_dist.training.profiling import ProfiledSteps, ProfileError, StepProfiler
 
@@ -72,6 +74,15 @@ def test_a_trace_that_cannot_be_written_stops_nothing(dataset: Path, tmp_path: P
     loop.run_pretrain(config, profile=ProfiledSteps(1, 2))
     (told,) = events(tmp_path / "pretrain", "not_profiled")
     assert "profile" in told["reason"] and events(tmp_path / "pretrain", "done")
+
+
+def test_a_remote_run_has_its_trace_beside_it(dataset: Path) -> None:
+    url, storage = "memory://profiled", Storage(StorageConfig())
+    config = make_config(dataset, url, pretrain__epochs=1)
+    loop.run_pretrain(config, profile=ProfiledSteps(1, 1))
+    trace = gzip.decompress(storage.read(f"{url}/pretrain/profile/steps-1-1-rank-0.json.gz"))
+    assert steps([event.get("name", "") for event in json.loads(trace)["traceEvents"]]) == [1]
+    storage.remove(url)
 
 
 def test_other_ranks_profile_only_where_all_do(tmp_path: Path) -> None:
