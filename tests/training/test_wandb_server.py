@@ -42,7 +42,7 @@ def train(
             if line.startswith("pretrain start"):
                 server.hang()
                 break
-    return printed + wait_for([process], 150)[0]
+    return printed + wait_for([process], 280)[0]
 
 
 def test_a_resumed_run_goes_on_as_the_same_one_with_all_its_numbers(dataset: Path, tmp_path: Path) -> None:
