@@ -482,6 +482,7 @@ class _Training:
     def keep_profile(self) -> None:
         """Writes the trace of the chosen steps once they are done. A disk that has no room for it stops nothing."""
         clock = self.clock.enter(IDLE)
+        self.watchdog.working("writing a profile")
         try:
             if name := self.profiler.end(self.step):
                 self.folder.publish(name)
