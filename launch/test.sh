@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every check: lint, format, types, tests. Arguments go to pytest, as in `launch/test.sh -m 'not slow' -k order`.
+# Every check: lint, format, types, tests. Arguments go to pytest, as in `launch/test.sh -m 'not slow' -k order`;
+# `-n 0` runs the tests in one process.
 # S3REC_DATA names a folder with the reference's data and checkpoints, S3REC_GOLDEN one with its recorded outputs;
 # tests that need them skip themselves where these are unset.
 set -euo pipefail
@@ -15,4 +16,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests start several processes sid
 ruff check .
 ruff format --check .
 mypy s3rec_dist
-pytest -q --durations=15 "$@"
+# A worker for each core. With two, each begins with its own half, so that most files stay with one.
+pytest -q --durations=15 -n auto --maxprocesses 4 --dist worksteal "$@"

@@ -1,4 +1,4 @@
-"""A world of one in this process, and what toy.py finds in several."""
+"""A world of one in this process, a small dataset, and what toy.py finds in several processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for toy.py
+sys.path.insert(0, str(Path(__file__).parent))  # for runs.py and toy.py
+
+from runs import make_dataset
 
 from s3rec_dist.config import EngineConfig
 from s3rec_dist.training.engine import World, start
@@ -20,6 +22,14 @@ from s3rec_dist.training.engine import World, start
 def world() -> World:
     """This process, alone."""
     return start(EngineConfig(device="cpu", threads=1))
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``make_dataset`` makes; no test changes it."""
+    folder = tmp_path_factory.mktemp("data")
+    make_dataset(folder)
+    return folder / "dataset"
 
 
 @pytest.fixture(scope="session")

@@ -19,13 +19,6 @@ RUNS = str(Path(__file__).with_name("runs.py"))
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_dataset(folder)
-    return folder / "dataset"
-
-
-@pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Other users' histories of the same items."""
     folder = tmp_path_factory.mktemp("other")

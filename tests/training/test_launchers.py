@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from processes import free_port, start_process
-from runs import arguments, curve, events, make_config, make_dataset, metrics, run
+from runs import arguments, curve, events, make_config, metrics, run
 
 from s3rec_dist.training import checkpoint
 
@@ -20,13 +20,6 @@ pytestmark = pytest.mark.slow
 
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 FAILING = str(Path(__file__).with_name("failing.py"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_dataset(folder)
-    return folder / "dataset"
 
 
 def launch(command: list[str], port: int, timeout: float = 120) -> tuple[int, str]:

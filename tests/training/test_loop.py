@@ -43,13 +43,6 @@ STEPS_PER_EPOCH = {"pretrain": 17, "finetune": 10}
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_dataset(folder)
-    return folder / "dataset"
-
-
-@pytest.fixture(scope="session")
 def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run of each stage, from scratch and never stopped."""
     output = tmp_path_factory.mktemp("whole")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from preempted import signalled
-from runs import arguments, curve, events, make_config, make_dataset, metrics, run, weights
+from runs import arguments, curve, events, make_config, metrics, run, weights
 
 from s3rec_dist.config import to_dict
 from s3rec_dist.training import checkpoint
@@ -20,13 +20,6 @@ from s3rec_dist.training.preemption import STATUS, Preempted
 RUNS, SCRIPT = (str(Path(__file__).with_name(name)) for name in ("runs.py", "preempted.py"))
 STEPS = {"start": 1, "training": 25, "end of an epoch": 30, "validation": 10, "save": 21}
 """Where fine-tuning, of ten steps an epoch, stands when it has had the signal at a moment."""
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_dataset(folder)
-    return folder / "dataset"
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from preempted import signalled
 from processes import start_process
-from runs import arguments, curve, died_run, events, make_config, make_dataset, metrics, run, weights
+from runs import arguments, curve, died_run, events, make_config, metrics, run, weights
 from test_launchers import free_port, launch, torchrun
 from toy import make_engine, state_of, train
 
@@ -61,13 +61,6 @@ def bucket() -> Iterator[str]:
     url = f"memory://bucket-{next(_numbers)}"
     yield url
     QUICK.remove(url)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_dataset(folder)
-    return folder / "dataset"
 
 
 @pytest.fixture(scope="module")
