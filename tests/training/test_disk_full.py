@@ -12,19 +12,12 @@ from unittest import mock
 
 import pytest
 import torch
-from runs import curve, events, make_config, make_dataset, metrics, run, weights
+from runs import curve, events, make_config, metrics, run, weights
 
 from s3rec_dist.evaluation import EvaluationResult
 from s3rec_dist.training import checkpoint, loop
 from s3rec_dist.training.checkpoint import CheckpointError
 from s3rec_dist.training.tracking import JsonlTracker
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_dataset(folder)
-    return folder / "dataset"
 
 
 @pytest.fixture(scope="module")

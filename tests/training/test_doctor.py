@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from processes import start_process, wait_for
-from runs import arguments, make_dataset
+from runs import arguments
 
 from s3rec_dist.__main__ import main
 from s3rec_dist.training import doctor, preflight
@@ -19,13 +19,6 @@ from s3rec_dist.training.preflight import Facts, compare
 
 AILING = str(Path(__file__).with_name("ailing.py"))
 HOST = socket.gethostname()
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_dataset(folder)
-    return folder / "dataset"
 
 
 @pytest.fixture(autouse=True)

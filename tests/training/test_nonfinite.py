@@ -11,20 +11,13 @@ from unittest import mock
 
 import pytest
 import torch
-from runs import curve, events, make_config, make_dataset, metrics, run, weights
+from runs import curve, events, make_config, metrics, run, weights
 from toy import skips
 
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.training import checkpoint, loop
 from s3rec_dist.training.engine import World
 from s3rec_dist.training.loop import TrainingError
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_dataset(folder)
-    return folder / "dataset"
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,12 @@ import re
 from pathlib import Path
 
 import pytest
-from runs import Died, dying_before, events, make_config, make_dataset
+from runs import Died, dying_before, events, make_config
 
 from s3rec_dist.config import StorageConfig
 from s3rec_dist.storage import Storage
 from s3rec_dist.training import loop
 from s3rec_dist.training.profiling import ProfiledSteps, ProfileError, StepProfiler
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("profiled")
-    make_dataset(folder)
-    return folder / "dataset"
 
 
 def traced(path: Path) -> list[str]:

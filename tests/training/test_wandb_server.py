@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pytest
 from processes import start_process, wait_for
-from runs import arguments, curve, events, make_dataset
+from runs import arguments, curve, events
 from wandb_server import WandbServer, serve_wandb
 
 SCRIPT = """
@@ -18,13 +17,6 @@ from s3rec_dist.training import tracking
 with mock.patch.multiple(tracking, WANDB_INIT_S=float(sys.argv[1]), WANDB_FINISH_S=3.0):
     sys.exit(main(sys.argv[2:]))
 """
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wandb")
-    make_dataset(folder)
-    return folder / "dataset"
 
 
 def train(

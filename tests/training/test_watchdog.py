@@ -14,18 +14,11 @@ from pathlib import Path
 
 import pytest
 from processes import free_port, start_process
-from runs import arguments, curve, events, make_dataset, metrics
+from runs import arguments, curve, events, metrics
 
 from s3rec_dist.training.watchdog import STATUS, Sign, in_vain
 
 FAILING = str(Path(__file__).with_name("failing.py"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    make_dataset(folder)
-    return folder / "dataset"
 
 
 def step(seconds: float, longest: float = 0.1) -> Sign:
