@@ -9,6 +9,7 @@
     s3rec bench step --batch-sizes 256 16384          # the step as a whole: time, tokens/s, kernels, idle share
     s3rec bench scaling                               # 1, 2, 4 ranks measured here; 8 to 1,024 GPUs modelled
     s3rec bench prepare --events 5000000 50000000     # seconds, events/s and memory, by size of a synthetic log
+    s3rec bench checkpoint --dataset data/beauty      # what a save costs training, waited for and in the background
     s3rec bench faults                                # a run that is killed 100 times, and 300 damaged checkpoints
 
 Weights are random, the work is real: the dataset is streamed, samples are reconstructed, the engine steps. Each
@@ -337,6 +338,17 @@ def _step(config: Config, dataset: Dataset | None, world: World, args: argparse.
         )
 
 
+def _checkpoint(config: Config, dataset: Dataset, world: World, args: argparse.Namespace) -> Figures:
+    """Pretraining steps with and without a checkpoint being written."""
+    from s3rec_dist.bench.checkpoint import bench_checkpoint
+
+    training = Steps(config, "pretrain", dataset, world)
+    try:
+        return bench_checkpoint(training, steps=args.steps, repetitions=args.repetitions)
+    finally:
+        training.close()
+
+
 def _faults(config: Config, dataset: Dataset | None, world: World, args: argparse.Namespace) -> Figures:
     """A run of two processes, disturbed in every way."""
     from s3rec_dist.bench.faults import Campaign, bench_faults
@@ -380,6 +392,7 @@ BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "prepare": _prepare,
     "kernels": _kernels,
     "step": _step,
+    "checkpoint": _checkpoint,
     "faults": _faults,
     "scaling": _scaling,
 }

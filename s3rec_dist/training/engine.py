@@ -293,6 +293,9 @@ def deepspeed_config(stage: StageConfig, config: EngineConfig, world: World) -> 
             f"{path}: 'scheduler' contradicts {section}.schedule={stage.schedule}; "
             f"take it out and set {section}.schedule and {section}.warmup_steps"
         )
+    for part in ("offload_optimizer", "offload_param"):
+        if _look_up(merged, f"zero_optimization.{part}.device") == "nvme":
+            raise ConfigError(f"{path}: {part} to nvme is not held by checkpoints; use cpu, or engine.offload")
     for key in ("optimizer", "torch_autocast", "train_batch_size"):
         merged.pop(key, None)
     only_checked = ("zero_optimization.round_robin_gradients", "zero_optimization.compute_grad_norm")

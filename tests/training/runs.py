@@ -161,6 +161,27 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(found.folder / "model.safetensors")
 
 
+@contextlib.contextmanager
+def keeping_ledger(path: str) -> Iterator[None]:
+    """Runs in this block write down what each step trains on: lines of [step, [sample key, ...]]."""
+    make_batch, dropout_seed = loop.Task.batch, loop.Task.dropout_seed
+    keys: list[int] = []
+
+    def batch(task: loop.Task, *arguments: Any) -> Any:
+        made = make_batch(task, *arguments)
+        keys.extend(made.sample_keys.tolist())
+        return made
+
+    def seed(task: loop.Task, step: int) -> int:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([step, keys]) + "\n")
+        keys.clear()
+        return dropout_seed(task, step)
+
+    with mock.patch.object(loop.Task, "batch", batch), mock.patch.object(loop.Task, "dropout_seed", seed):
+        yield
+
+
 def main() -> None:
     results, own = {}, int(os.environ["RANK"])
     for name, job in json.loads(Path(sys.argv[1]).read_text()).items():
@@ -168,6 +189,8 @@ def main() -> None:
         try:
             dies_before = job.get("dies_before") if job.get("rank", own) == own else None
             with slowed(job["slow"]) if job.get("slow_rank") == own else contextlib.nullcontext():
+                ledger = keeping_ledger(f"{job['ledger']}-{own}") if "ledger" in job else contextlib.nullcontext()
+            with ledger:
                 run(job["stage"], from_dict(job["config"], "job"), dies_before=dies_before, by=job.get("by", ""))
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"

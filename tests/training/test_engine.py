@@ -212,6 +212,7 @@ def test_settings_of_ones_own_are_merged_in(tmp_path: Path) -> None:
         ({"scheduler": {"type": "WarmupLR"}}, ["pretrain.schedule=constant", "pretrain.warmup_steps"]),
         ({"torch_autocast": {"enabled": True}}, ["torch_autocast", "engine.precision"]),
         ({"zero_optimization": {"round_robin_gradients": True}}, ["round_robin_gradients=True", "which is False here"]),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, ["offload_optimizer to nvme", "use cpu"]),
         ({"fp16": {"enabled": True}}, ["fp16 does not run on CPU"]),
     ],
 )

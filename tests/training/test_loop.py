@@ -422,7 +422,8 @@ def chains(dataset: Path, launch: Callable[..., list[str]], tmp_path_factory: py
         for name, (stage, precision, zeros) in CHAINS.items():
             changes = {f"{stage}__epochs": 2 if stage == "pretrain" else 3, f"{stage}__checkpoint_every_steps": 3}
             changes |= {"engine__zero_stage": zeros[part], "engine__precision": precision}
-            jobs[name] = job(stage, make_config(dataset, output / name, **changes), dies_before=dies_before)
+            config, ledger = make_config(dataset, output / name, **changes), str(output / f"{name} {part}")
+            jobs[name] = job(stage, config, dies_before=dies_before, ledger=ledger)
         (output / "jobs.json").write_text(json.dumps(jobs))
         printed = launch(ranks, [RUNS, str(output / "jobs.json")])[0]
         line = next(line for line in printed.splitlines() if line.startswith("RESULT "))
@@ -450,6 +451,33 @@ def test_a_run_goes_on_with_any_number_of_processes_and_any_zero_stage(
     expected = {step: loss for step, loss in curve(undisturbed).items() if step in curve(folder)}
     assert len(expected) == (34 if stage == "pretrain" else 30)
     assert_close(curve(folder), expected, 1e-5 if precision == "fp32" else 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CHAINS if name.startswith("zero")])
+def test_a_run_on_changing_processes_trains_on_every_sample_once_an_epoch(
+    chains: Path, dataset: Path, tmp_path: Path, name: str
+) -> None:
+    found: dict[int, list[int]] = {}
+    for part, ranks in enumerate(WORLDS):
+        steps: dict[int, list[int]] = {}
+        for rank in range(ranks):
+            for line in (chains / f"{name} {part}-{rank}").read_text().splitlines():
+                step, keys = json.loads(line)
+                steps.setdefault(step, []).extend(keys)
+        found |= steps  # those that a part before had done without saving are done again
+    stage = CHAINS[name][0]
+    device = torch.device("cpu")
+    task = Task(make_config(dataset, tmp_path), stage, Dataset.open(str(dataset)), device)  # type: ignore[arg-type]
+    stream = task.stream(World(0, 0, 1, device))
+    expected = []
+    for epoch in range(2 if stage == "pretrain" else 3):
+        batches = [task.batch(packed, epoch).sample_keys.tolist() for packed in stream.iterate(epoch)]
+        keys = [key for batch in batches for key in batch]
+        assert len(set(keys)) == len(keys) == stream.samples_per_epoch
+        expected += batches
+    stream.close()
+    assert {step: sorted(keys) for step, keys in found.items()} == dict(enumerate(map(sorted, expected)))
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(
