@@ -16,6 +16,7 @@ lists what did not:
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import json
 import multiprocessing
@@ -150,7 +151,10 @@ class _Job:
         """The seconds until its processes are gone; None where they had to be killed after ``seconds``."""
         began = time.monotonic()
         if not _until(self.is_over, seconds, every=0.02):
+            self.signal(None, signal.SIGUSR2)  # tells in its output where it hangs
+            time.sleep(1)
             self.signal(None, signal.SIGKILL)
+            _until(self.is_over, seconds, every=0.02)
             return None
         return time.monotonic() - began
 
@@ -170,6 +174,7 @@ class _Job:
 
 def _work(rank: int, port: int, log: str, call: Callable[..., Any], *arguments: Any) -> None:
     os.setsid()
+    faulthandler.register(signal.SIGUSR2)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -191,7 +196,7 @@ class _Disturbed:
         self.port = _free_port(draw)
         self.log = Path(config.output).with_suffix(".log")
         self._settings = Path(config.output).with_suffix(".yaml")
-        self._read = 0
+        self._read, self._began = 0, 0.0
         self._newest: checkpoint.Checkpoint | None = None
 
     def disturb(self, campaign: Campaign) -> None:
@@ -222,9 +227,10 @@ class _Disturbed:
         elif self.await_step(job):
             if not in_save:
                 time.sleep(self.draw.uniform(0, LONGEST_LIFE_S))
-            elif _until(lambda: bool(self.drafts()), START_S, every=0.001):
+            elif _until(lambda: bool(self.drafts()) or job.is_over(), START_S, every=0.001):
                 time.sleep(self.draw.uniform(0, 0.03))
-        rank = self.draw.choice([None, 0, 1])
+        # Before the processes have met, only a launcher can tell one of the other's end.
+        rank = None if moment == "at the start" else self.draw.choice([None, 0, 1])
         drafts = self.drafts()
         job.signal(rank, signal.SIGKILL)
         seconds = job.wait(END_S)
@@ -260,7 +266,7 @@ class _Disturbed:
         settings = replace(self.config, pretrain=replace(self.config.pretrain, epochs=epochs))
         self._settings.write_text(to_yaml(settings))
         self.new_entries()
-        self._began = time.monotonic()
+        self._began = time.time()
         command = ["pretrain", "--config", str(self._settings)]
         return _Job(self.config.engine.device, self.port, self.log, main, command)
 
@@ -276,7 +282,7 @@ class _Disturbed:
         if not any("train/loss" in entry for entry in entries):
             self.violations.append(f"did not start: {self.tail()}")
             return False
-        self.figures.setdefault("s from the start to the first step", []).append(time.monotonic() - self._began)
+        self.figures.setdefault("s from the start to the first step", []).append(time.time() - self._began)
         resumed = [entry["step"] for entry in entries if entry.get("event") == "resume"]
         expected = [] if self._newest is None else [self._newest.state["step"]]
         if resumed != expected:
@@ -321,9 +327,13 @@ class _Disturbed:
         self.figures["steps with equal losses"] = [len(found) - len(differ)]
 
     def drafts(self) -> list[str]:
-        """Tags that are being written."""
-        prefix = checkpoint.WRITING
-        return [path.name.removeprefix(prefix) for path in self.checkpoints.glob(f"{prefix}*")]
+        """Tags that are being written, those aside that were when an earlier process ended."""
+        prefix, found = checkpoint.WRITING, []
+        for path in self.checkpoints.glob(f"{prefix}*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ctime > self._began:
+                    found.append(path.name.removeprefix(prefix))
+        return found
 
     def new_entries(self) -> list[dict[str, Any]]:
         """What has come to metrics.jsonl since this was last asked."""
@@ -345,7 +355,7 @@ class _Disturbed:
 
     def tail(self) -> str:
         """The end of what the processes have printed."""
-        return self.log.read_text(errors="replace")[-2000:]
+        return self.log.read_text(errors="replace")[-3000:]
 
 
 def _curve(folder: Path) -> dict[int, float]:

@@ -15,7 +15,7 @@ FIGURES = {
     "pretrain": ["samples_per_s", "items_per_s", "steps_per_s"],
     "finetune": ["samples_per_s", "items_per_s", "steps_per_s"],
     "evaluate": ["users_per_s"],
-    "checkpoint": ["MiB_of_a_checkpoint", "s_of_a_window"],
+    "checkpoint": ["MiB_of_a_checkpoint", "s_held,_waited_for", "s_held,_in_the_background"],
     "stream": ["sequences_per_s", "prefixes_per_s"],
 }
 
