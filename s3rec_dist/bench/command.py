@@ -117,6 +117,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Measures, and prints a table and a JSON line."""
     args.steps = (2000 if args.name == "stream" else 100) if args.steps is None else args.steps
+    if min(args.ranks) < 1:
+        raise BenchError(f"--ranks {min(args.ranks)}: expected 1 or more processes")
     if min(args.steps, args.repetitions) < 1:
         raise BenchError(f"--steps {args.steps} --repetitions {args.repetitions}: expected 1 or more of each")
     if args.dataset is None and args.name not in WITHOUT_DATASET:

@@ -91,3 +91,8 @@ def test_a_step_of_more_ranks_is_predicted_from_one_rank_s_and_the_all_reduces()
 def test_bytes_by_zero_stage(zero: int, least: int, most: int) -> None:
     one = wire_bytes("all_gather", 4e6, 4)
     assert sent_bytes(1e6, zero, 4) == (least * one, most * one)
+
+
+def test_no_ranks_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "scaling", "--ranks", "2", "0"]) == 2
+    assert "--ranks 0: expected 1 or more" in capsys.readouterr().err
