@@ -188,9 +188,9 @@ def main() -> None:
         error = ""
         try:
             dies_before = job.get("dies_before") if job.get("rank", own) == own else None
-            with slowed(job["slow"]) if job.get("slow_rank") == own else contextlib.nullcontext():
-                ledger = keeping_ledger(f"{job['ledger']}-{own}") if "ledger" in job else contextlib.nullcontext()
-            with ledger:
+            slow = slowed(job["slow"]) if job.get("slow_rank") == own else contextlib.nullcontext()
+            ledger = keeping_ledger(f"{job['ledger']}-{own}") if "ledger" in job else contextlib.nullcontext()
+            with slow, ledger:
                 run(job["stage"], from_dict(job["config"], "job"), dies_before=dies_before, by=job.get("by", ""))
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"

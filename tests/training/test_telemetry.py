@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from runs import events, make_config, make_dataset, metrics
+from runs import events, make_config, metrics
 
 from s3rec_dist.config import to_dict
 from s3rec_dist.training import phases
@@ -176,14 +176,15 @@ def test_a_gpu_s_peak_is_known_by_its_whole_name(name: str, bf16: float | None, 
 
 
 @pytest.fixture(scope="module")
-def two_ranks(launch: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def two_ranks(
+    dataset: Path, launch: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Path]:
     """Runs of two processes by ZeRO stage, in which the second takes 0.1 s longer to make a batch."""
     place = tmp_path_factory.mktemp("telemetry")
-    make_dataset(place / "data")
     jobs, folders = {}, {}
     for zero, stage in STAGES.items():
         changes = {f"{stage}__epochs": 1, f"{stage}__log_every_steps": 3, "engine__zero_stage": zero}
-        config = make_config(place / "data" / "dataset", place / f"zero {zero}", **changes)
+        config = make_config(dataset, place / f"zero {zero}", **changes)
         jobs[str(zero)] = {"stage": stage, "config": to_dict(config), "slow": 0.1, "slow_rank": 1}
         folders[zero] = place / f"zero {zero}" / stage
     (place / "jobs.json").write_text(json.dumps(jobs))
