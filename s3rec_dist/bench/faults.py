@@ -71,7 +71,6 @@ class Campaign:
     """Of them, at least, while a checkpoint is written."""
     terms: int
     corruptions: int
-    seed: int = 0
 
 
 def bench_faults(config: Config, campaign: Campaign) -> dict[str, list[float]]:
@@ -89,7 +88,7 @@ def bench_faults(config: Config, campaign: Campaign) -> dict[str, list[float]]:
             keep_checkpoints=KEEP,
         )
         config = replace(config, pretrain=stage, output=os.path.join(place, "disturbed"))
-        run = _Disturbed(config, random.Random(campaign.seed), figures, violations)
+        run = _Disturbed(config, random.Random(config.seed), figures, violations)
         run.disturb(campaign)
         run.compare(os.path.join(place, "undisturbed"))
         if campaign.corruptions:
@@ -481,7 +480,6 @@ def _corrupt(run: _Disturbed, campaign: Campaign, figures: dict[str, list[float]
         "checkpoints": str(run.checkpoints),
         "case": str(case),
         "cases": campaign.corruptions,
-        "seed": campaign.seed,
         "result": str(result),
     }
     job = _Job(run.config.engine.device, run.port, run.log, _try_damages, arguments)
@@ -497,7 +495,8 @@ def _corrupt(run: _Disturbed, campaign: Campaign, figures: dict[str, list[float]
 
 def _try_damages(arguments: dict[str, Any]) -> None:
     """One of the processes: damage after damage to a copy of the checkpoints."""
-    config, draw = from_dict(arguments["config"], "bench faults"), random.Random(arguments["seed"])
+    config = from_dict(arguments["config"], "bench faults")
+    draw = random.Random(config.seed)
     world = start(config.engine)
     task = Task(config, "pretrain", Dataset.open(config.data.path, Storage(config.storage)), world.device)
     engine = Engine(task.model(), task.losses, task.stage, config.engine, world)
