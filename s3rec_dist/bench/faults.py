@@ -309,13 +309,15 @@ class _Disturbed:
         """Lets the run come to the end of an epoch, and compares it with one of as many epochs that nothing has
         disturbed."""
         epochs = int(self._newest.state["epoch"]) + 1 if self._newest else 1
-        self.check(job := self.start(epochs), "the last run", job.wait(3600))
+        job = self.start(epochs)
+        self.check(job, "the last run", job.wait(3600))
         ours, ended = self.folder, self._newest
         self.config = replace(self.config, output=undisturbed)
         self.folder = Path(undisturbed) / "pretrain"
         self.checkpoints = self.folder / checkpoint.FOLDER
         self._read, self._newest = 0, None
-        self.check(job := self.start(epochs), "the undisturbed run", job.wait(3600))
+        job = self.start(epochs)
+        self.check(job, "the undisturbed run", job.wait(3600))
         found, expected = (_curve(folder) for folder in (ours, self.folder))
         differ = [step for step in found.keys() | expected if found.get(step) != expected.get(step)]
         if differ or not found:
@@ -505,9 +507,9 @@ def _try_damages(arguments: dict[str, Any]) -> None:
     seconds, violations = [], []
     for number in range(arguments["cases"]):
         damage = DAMAGES[number % len(DAMAGES)]
-        shutil.rmtree(case, ignore_errors=True) if world.rank == 0 else None
 
         def prepare_case(damage: Damage = damage) -> set[str]:
+            shutil.rmtree(case, ignore_errors=True)
             shutil.copytree(original, case)
             return damage(case, [case / name for name in names], draw)
 
