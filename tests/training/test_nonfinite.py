@@ -11,13 +11,17 @@ from unittest import mock
 
 import pytest
 import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from runs import curve, events, make_config, metrics, run, weights
-from toy import skips
+from toy import BATCH, LEARNING_RATE, batch_of, breaking_losses, make_engine
+from toy import skips as all_skips
 
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.training import checkpoint, loop
+from s3rec_dist.training import engine as engine_module
 from s3rec_dist.training.engine import World
 from s3rec_dist.training.loop import TrainingError
+from s3rec_dist.training.nonfinite import Diverged, Launched, Skips
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +30,39 @@ def undisturbed(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_a_skipped_step_changes_nothing(world: World) -> None:
-    assert set(map(str, skips(world).values())) == {"[[True, True, True]]"}
+    assert set(map(str, all_skips(world).values())) == {"[[True, True, True]]"}
 
 
 @pytest.mark.slow
 def test_a_step_that_breaks_on_one_rank_is_skipped_on_all(toy_result: Callable[..., Any]) -> None:
     for name, ranks in toy_result(2, "skips").items():
         assert ranks == [[True, True, True]] * 2, name
+
+
+def test_fp16_lowers_its_loss_scale_first_and_keeps_skipping_at_the_lowest(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, which can do the arithmetic, slowly."""
+    monkeypatch.setattr(engine_module, "_resolve_precision", lambda *arguments: "fp16")
+    monkeypatch.setattr(CPU_Accelerator, "is_fp16_supported", lambda self: True)
+    engine = make_engine(world, stage=1, losses=breaking_losses)
+    skips = Skips(engine, limit=3)
+    before = engine.fp32_weights()
+    for step in range(30):
+        result = engine.step([("loss", batch_of(step))], count=BATCH, learning_rate=LEARNING_RATE)
+        launched = Launched(step, result, BATCH)
+        assert launched.was_skipped()
+        facts = skips.add(launched)
+        if skips.in_a_row == 3:
+            break
+    assert step == 18 and not engine.loss_scale_may_fall  # 2 ** 16 has fallen to 1, without DeepSpeed's exception
+    with pytest.raises(Diverged, match=r"the last 3 steps were skipped.*loss, square on rank 0"):
+        skips.check(facts)
+    assert all(torch.equal(value, before[name]) for name, value in engine.fp32_weights().items())
+    result = engine.step([("", batch_of(0))], count=BATCH, learning_rate=LEARNING_RATE)
+    assert not Launched(0, result, BATCH).was_skipped()
+    assert not torch.equal(engine.fp32_weights()["layer.weight"], before["layer.weight"])
+    engine.close()
 
 
 @contextlib.contextmanager

@@ -109,6 +109,7 @@ def test_an_offline_wandb_run_holds_the_settings_and_every_number(tmp_path: Path
         tracker.log({**NUMBERS, "train/learning_rate": 1 / step}, step)
     tracker.log({"validation/MRR": 0.25}, 100)
     tracker.event("best", metric="MRR", value=0.25, epoch=3)
+    tracker.event("rewind", step=100, to=50, reason="training has diverged")
     tracker.finish()
     run = read_offline_run(folder)
     assert (run["project"], run["name"], run["group"]) == ("s3rec-dist", "beauty/pretrain", "beauty")
@@ -118,6 +119,8 @@ def test_an_offline_wandb_run_holds_the_settings_and_every_number(tmp_path: Path
     assert rows[1]["train/mip"] == 0.7 and rows[1]["train/learning_rate"] == 0.01
     assert any(row.get("validation/MRR") == 0.25 for row in run["history"])
     assert run["summary"]["best/value"] == 0.25 and run["exit"] == 0
+    assert run["summary"]["rewind/to"] == 50
+    assert run["alerts"] == [("rewind", "step 100, to 50, reason training has diverged")]
     assert [e["step"] for e in read_metrics(folder / "metrics.jsonl") if "train/loss" in e] == [50, 100]
 
 

@@ -46,7 +46,7 @@ def _read(folder: Path) -> dict[str, Any]:
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    run: dict[str, Any] = {"history": [], "config": {}, "summary": {}}
+    run: dict[str, Any] = {"history": [], "config": {}, "summary": {}, "alerts": []}
 
     def key(item: Any) -> str:
         return item.key or "/".join(item.nested_key)
@@ -61,6 +61,8 @@ def _read(folder: Path) -> dict[str, Any]:
             run["config"] |= {key(u): json.loads(u.value_json) for u in record.run.config.update}
         if record.HasField("summary"):
             run["summary"] |= {key(u): json.loads(u.value_json) for u in record.summary.update}
+        if record.HasField("alert"):
+            run["alerts"].append((record.alert.title, record.alert.text))
         if record.HasField("exit"):
             run["exit"] = record.exit.exit_code
     return run
