@@ -70,36 +70,37 @@ def test_a_host_that_is_lost_ends_the_others(
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_a_host_off_the_network_ends_the_others_without_a_script_of_ours(
+def test_a_host_off_the_network_ends_the_others_under_commands_that_are_not_ours(
     make_hosts: MakeHosts, dataset: Path, tmp_path: Path, launcher: str
 ) -> None:
     hosts = make_hosts(2)
-    settings = arguments(dataset, tmp_path / "run", pretrain__epochs=1000, engine__hang_seconds=10)
     variables = tmp_path / "variables"
     variables.write_text("DS_ACCELERATOR=cpu\nOMP_NUM_THREADS=1\nGLOO_SOCKET_IFNAME=eth0\n")
     environment = {**ENVIRONMENT, "DS_ENV_FILE": str(variables), "GLOO_SOCKET_IFNAME": "eth0"}
-    # Without these pdsh waits for ever for the host that is gone.
-    environment["PDSH_SSH_ARGS_APPEND"] = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"
-    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "node0:29400", "--max-restarts", "0"]
-    commands = {
-        "deepspeed": {"node0": [f"{BIN}/deepspeed", "--hostfile", str(tmp_path / "hosts" / "hostfile"), "--module"]},
-        "torchrun": dict.fromkeys(hosts.inits, (f"{BIN}/torchrun", "--nnodes", "2", *meeting, "-m")),
+    environment["PDSH_SSH_ARGS_APPEND"] = "-o ServerAliveInterval=5"  # or pdsh waits for the host that is gone
+    meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node0:29400", "--max-restarts", "0"]
+    command = {
+        "deepspeed": [f"{BIN}/deepspeed", "--hostfile", str(tmp_path / "hosts" / "hostfile"), "--module"],
+        "torchrun": [f"{BIN}/torchrun", *meeting, "-m"],
     }[launcher]
+    settings = arguments(dataset, tmp_path / "run", pretrain__epochs=1000, engine__hang_seconds=10)
+    command += ["s3rec_dist", "pretrain", *settings]
+    if launcher == "torchrun":  # off the network it waits for minutes for the others' rendezvous, without its rank
+        hosts.start("node1", command, environment, tmp_path)
+    folder = tmp_path / "run" / "pretrain"
     ended = run_on(
         hosts,
-        {name: [*command, "s3rec_dist", "pretrain", *settings] for name, command in commands.items()},
+        {"node0": command},
         folder=tmp_path,
         environment=environment,
-        meanwhile=once_logged(tmp_path / "run" / "pretrain", 10, lambda: hosts.cut("node1")),
-        timeout=180,
+        meanwhile=once_logged(folder, 10, lambda: hosts.cut("node1")),
+        timeout=200,
     )
-    assert all(ended.statuses), ended.output
+    assert ended.statuses != [0]
     assert ended.seconds < 60, ended.output
-    assert re.search(
-        r"error \(rank 0 on node0\): no progress in step \d+ .*: no sign of life from rank 1 on node1", ended.output
-    )
-    hangs = events(tmp_path / "run" / "pretrain", "hang")  # each of them takes itself for the one that is left
-    assert any("rank 1 on node1" in hang["reason"] for hang in hangs)
+    told = r"error \(rank 0 on node0\): no progress in step \d+ .*: no sign of life from rank 1 on node1"
+    assert re.search(told, ended.output), ended.output
+    assert any("rank 1 on node1" in hang["reason"] for hang in events(folder, "hang"))
 
 
 def test_torchrun_brings_back_a_run_after_a_host_has_failed(
