@@ -57,7 +57,7 @@ class Sign:
     longest_step: float
     """In seconds, the first one, which may compile, aside."""
     done: bool
-    """Whether it has left."""
+    """Whether it has left because there was nothing more to do."""
     beat: int
     """Counts up."""
 
@@ -100,7 +100,7 @@ class Watchdog:
         self._host = socket.gethostname()
         self._at, self._in_step, self._since = "starting", False, time.monotonic()
         self._steps, self._longest = 0, 0.0
-        self._left = threading.Event()
+        self._left, self._done = threading.Event(), False
         self._threads: list[threading.Thread] = []
         self.record: Callable[[dict[str, Any]], None] = lambda facts: None
         """Writes down, on the first of the ranks that are left, why the run ends."""
@@ -110,11 +110,7 @@ class Watchdog:
         if self._world.size > 1 and self._hang_s:
             prefix = gather(secrets.token_hex(4))[0]  # a restart may meet the store of the run before it
             self._keys = [f"watchdog/{prefix}/{rank}" for rank in range(self._world.size)]
-            # A client of its own: the main thread may wait in the other one.
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self._store = dist.TCPStore(
-                address, port, is_master=False, timeout=datetime.timedelta(seconds=self._hang_s)
-            )
+            self._store = self._connect()
             self._tell(0)
             self._signs = dict(enumerate(gather(self._sign(0))))
             self._heard = dict.fromkeys(self._signs, time.monotonic())
@@ -125,7 +121,8 @@ class Watchdog:
                 thread.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._done = kind is None or issubclass(kind, SystemExit)
         self._left.set()
         for thread in self._threads:
             thread.join(timeout=2)
@@ -147,15 +144,21 @@ class Watchdog:
 
     def _sign(self, beat: int) -> Sign:
         seconds = time.monotonic() - self._since
-        return Sign(self._host, self._at, seconds, self._in_step, self._longest, self._left.is_set(), beat)
+        return Sign(self._host, self._at, seconds, self._in_step, self._longest, self._done, beat)
 
     def _tell(self, beat: int) -> None:
         self._store.set(self._keys[self._world.rank], json.dumps(asdict(self._sign(beat))))
 
+    def _connect(self) -> dist.TCPStore:
+        """A client of its own: the main thread may wait in the other one."""
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection((address, port), timeout=self._hang_s).close()  # fails without many words
+        return dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=self._hang_s))
+
     def _exchange_signs(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store's process has ended, or its host is gone
-            for beat in range(1, sys.maxsize):
-                self._left.wait(self._interval)
+        for beat in range(1, sys.maxsize):
+            self._left.wait(self._interval)
+            try:
                 self._tell(beat)
                 if self._left.is_set():
                     return
@@ -163,6 +166,11 @@ class Watchdog:
                     sign = Sign(**json.loads(text))
                     if sign.beat != self._signs[rank].beat:
                         self._signs[rank], self._heard[rank] = sign, time.monotonic()
+            except RuntimeError:  # the store's process or its host is gone, or only the connection
+                if self._left.is_set():
+                    return
+                with contextlib.suppress(OSError, RuntimeError):
+                    self._store = self._connect()
 
     def _watch(self) -> None:
         before = time.monotonic()
