@@ -142,7 +142,7 @@ def test_a_process_that_fails_ends_the_other(
         command = [sys.executable, FAILING, str(rank), how, *settings]
         processes.append(start_process(command, environment))
     try:
-        outputs = [process.communicate(timeout=60)[0] for process in processes]
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
     except subprocess.TimeoutExpired:
         pytest.fail("a process waits for the one that failed")
     finally:
