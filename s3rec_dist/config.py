@@ -327,6 +327,9 @@ class EngineConfig:
     ``parameters`` these as well (ZeRO 3)."""
     deepspeed_config: str = ""
     """A DeepSpeed JSON file to merge in; what it contradicts is an error."""
+    compile: bool = False
+    """Whether ``torch.compile`` fuses what lies between the kernels; at the first step, for batches of any size. Up to
+    ZeRO 2."""
     threads: int = 0
     """CPU threads per process; 0 shares the cores among the host's ranks."""
     hang_seconds: float = 30.0
@@ -345,6 +348,11 @@ class EngineConfig:
             raise ConfigError(
                 f"engine.offload={self.offload} does not work with engine.zero_stage={self.zero_stage}; "
                 f"use engine.zero_stage={needed}" + (" or above" if needed < 3 else "")
+            )
+        if self.compile and self.zero_stage == 3:
+            raise ConfigError(
+                "engine.compile does not work with engine.zero_stage=3, which gathers each layer's weights as it comes; "
+                "use engine.zero_stage=2 or below"
             )
         if self.device == "cpu" and self.precision == "fp16":
             raise ConfigError("engine.precision=fp16 does not run with engine.device=cpu; use bf16 or fp32")

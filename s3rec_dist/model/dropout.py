@@ -14,6 +14,10 @@ import torch
 from s3rec_dist.hashing import hash64, keep_mask, keep_scale
 
 
+not_compiled = torch.compiler.disable
+"""For functions that hash: the compiler takes a product with a counter for an index, which must not overflow."""
+
+
 @dataclass(frozen=True)
 class DropoutKeys:
     """What a pass's dropout is hashed from."""
@@ -33,6 +37,7 @@ class DropoutKeys:
         return DropoutKeys(self.tokens[tokens], self.sequences)
 
 
+@not_compiled
 def dropout(x: torch.Tensor, keys: DropoutKeys | None, site: int, p: float) -> torch.Tensor:
     """``x`` [T, E] with dropout, or as it is where there are no keys. ``site`` tells the layers of a model apart."""
     if keys is None or p == 0:
@@ -41,6 +46,7 @@ def dropout(x: torch.Tensor, keys: DropoutKeys | None, site: int, p: float) -> t
     return dropped
 
 
+@not_compiled
 def dropout_add(x: torch.Tensor, residual: torch.Tensor, keys: DropoutKeys | None, site: int, p: float) -> torch.Tensor:
     """``residual + dropout(x)``, in one pass."""
     if keys is None or p == 0:

@@ -23,7 +23,7 @@ from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, pretrain_b
 from s3rec_dist.data.stream import PackedSequences
 from s3rec_dist.hashing import hash64
 from s3rec_dist.kernels.attribute_loss import attribute_loss, attribute_pairs
-from s3rec_dist.model.dropout import DropoutKeys
+from s3rec_dist.model.dropout import DropoutKeys, not_compiled
 from s3rec_dist.model.encoder import SITES_PER_BLOCK, Block, Queries, position_ids
 from s3rec_dist.model.layers import embed
 from s3rec_dist.model.objectives import binary_loss, pairwise_loss, softmax_loss
@@ -243,6 +243,7 @@ class S3Rec(nn.Module):
         keys = None if sample_keys is None else self._dropout_keys(sample_keys, sequence, positions, 0)
         return self.encode(items, positions, offsets, max_length, causal=True, keys=keys, queries=Queries.last(offsets))
 
+    @not_compiled
     def _dropout_keys(
         self, sample_keys: torch.Tensor, sequence: torch.Tensor, positions: torch.Tensor, seed: int | None
     ) -> DropoutKeys | None:
@@ -403,6 +404,7 @@ def _lists_of(features: torch.Tensor) -> AttributeLists:
     return torch.arange(len(features), device=features.device), F.pad(counts.cumsum(0), (1, 0)), attributes
 
 
+@not_compiled
 def _roles(sample_keys: torch.Tensor, count: int) -> torch.Tensor:
     """A key for each of a sample's ``count`` sequences, role by role, int64 [count * B]."""
     roles = torch.arange(count, device=sample_keys.device)[:, None]

@@ -399,7 +399,7 @@ class Engine:
         bucket = min(elements, LARGEST_BUCKET)
         settings["zero_optimization"].setdefault("reduce_bucket_size", bucket)
         self._accumulation = stage.gradient_accumulation
-        self._forward = _Forward(model.to(world.device), losses)
+        self._forward = _Forward(model.to(world.device), losses, config.compile)
         optimizer = torch.optim.Adam(
             model.parameters(),
             lr=stage.learning_rate,
@@ -622,10 +622,10 @@ class Engine:
 class _Forward(nn.Module):
     """The loss function as a module's forward, which is what DeepSpeed trains."""
 
-    def __init__(self, model: nn.Module, losses: Callable[[Any, Any, int | None], LossSums]) -> None:
+    def __init__(self, model: nn.Module, losses: Callable[[Any, Any, int | None], LossSums], compiled: bool) -> None:
         super().__init__()
         self.model = model
-        self._losses = losses
+        self._losses = torch.compile(losses, dynamic=True) if compiled else losses
         self._last: LossSums | None = None
 
     def forward(self, batch: Any, dropout_seed: int | None) -> torch.Tensor:

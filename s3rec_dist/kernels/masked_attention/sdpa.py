@@ -25,6 +25,7 @@ SCORES_PER_ROW = 8
 """What a padded row of keys costs besides its scores, in scores."""
 
 
+@torch.compiler.disable  # its buckets are the host's
 def sdpa_attention(
     q: torch.Tensor,
     k: torch.Tensor,
