@@ -74,7 +74,7 @@ def _training_stage(stage: str) -> Callable[..., Run]:
             print(to_yaml(config), end="")
             return
         profile = None
-        if args.profile:
+        if args.profile or args.profile_all_ranks:
             from s3rec_dist.training.profiling import ProfiledSteps
 
             profile = ProfiledSteps.parse(args.profile, args.profile_all_ranks)

@@ -351,7 +351,7 @@ class EngineConfig:
             )
         if self.compile and self.zero_stage == 3:
             raise ConfigError(
-                "engine.compile does not work with engine.zero_stage=3, which gathers each layer's weights as it comes; "
+                "engine.compile does not work with engine.zero_stage=3, whose weights come and go layer by layer; "
                 "use engine.zero_stage=2 or below"
             )
         if self.device == "cpu" and self.precision == "fp16":

@@ -25,7 +25,8 @@ _MULTIPLIER_2 = 0xA0761D6478BD642F - (1 << 64)
 _LOW_32 = 0xFFFFFFFF
 _LOW_64 = (1 << 64) - 1
 _LANE_VALUES = 1 << 16  # four lanes to a hash: probabilities are exact to 2^-16
-_SITE_STRIDE = 1 << 20
+SITE_STRIDE = 1 << 20
+"""Words between those of one site and the next."""
 
 
 def mix(x: IntArray) -> IntArray:
@@ -70,11 +71,16 @@ def keep_mask(keys: torch.Tensor, features: int, site: int, p: float, dtype: tor
     """
     import torch
 
-    words = torch.arange(-(-features // 4), device=keys.device) + site * _SITE_STRIDE
+    words = torch.arange(-(-features // 4), device=keys.device) + site * SITE_STRIDE
     lanes = hash64(keys[..., None], words).view(torch.int16)[..., :features]
-    threshold = round(p * _LANE_VALUES) - _LANE_VALUES // 2
     # Zeros and ones of the values' own type multiply several times faster than bool selects.
-    return torch.ge(lanes, threshold, out=torch.empty(lanes.shape, dtype=dtype or torch.bool, device=lanes.device))
+    kept = torch.empty(lanes.shape, dtype=dtype or torch.bool, device=lanes.device)
+    return torch.ge(lanes, keep_threshold(p), out=kept)
+
+
+def keep_threshold(p: float) -> int:
+    """The least of a lane's 16 bits, as a signed number, that keeps a value."""
+    return round(p * _LANE_VALUES) - _LANE_VALUES // 2
 
 
 def keep_scale(p: float) -> float:

@@ -13,7 +13,6 @@ import torch
 
 from s3rec_dist.hashing import hash64, keep_mask, keep_scale
 
-
 not_compiled = torch.compiler.disable
 """For functions that hash: the compiler takes a product with a counter for an index, which must not overflow."""
 

@@ -221,7 +221,7 @@ def heeding_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not re.search("(closed|reset) by peer|remote worker|remote process exited", str(error)):
+        if not re.search("(closed|reset) by peer|likely closed|remote worker|remote process exited", str(error)):
             raise
         raise EngineError("another process has stopped; what it printed says why") from error
 

@@ -31,8 +31,10 @@ class ProfiledSteps:
     all_ranks: bool = False
 
     @staticmethod
-    def parse(text: str, all_ranks: bool = False) -> ProfiledSteps:
+    def parse(text: str | None, all_ranks: bool = False) -> ProfiledSteps:
         """From the command line: ``20-25``, or ``20`` alone."""
+        if text is None:
+            raise ProfileError("--profile-all-ranks needs the steps as well: --profile 20-25")
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= first <= last:

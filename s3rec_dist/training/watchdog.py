@@ -96,6 +96,7 @@ class Watchdog:
 
     def __init__(self, world: World, config: EngineConfig) -> None:
         self._world, self._hang_s, self._stall_s = world, config.hang_seconds, config.stall_seconds
+        self._compiles = config.compile  # at the first step, and perhaps when a batch of one sample comes
         self._interval = max(self._hang_s / 15, world.size / 100)
         self._host = socket.gethostname()
         self._at, self._in_step, self._since = "starting", False, time.monotonic()
@@ -134,7 +135,7 @@ class Watchdog:
     def stepping(self, step: int) -> None:
         """From here on it takes a step with the others."""
         self._steps += 1
-        self._reach(f"step {step}", in_step=self._steps > 1)
+        self._reach(f"step {step}", in_step=self._steps > 1 and not self._compiles)
 
     def _reach(self, at: str, in_step: bool) -> None:
         now = time.monotonic()

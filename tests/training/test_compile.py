@@ -48,5 +48,5 @@ def test_what_the_compiler_fuses_trains_alike(dataset: Path, tmp_path: Path) -> 
 
 
 def test_what_cannot_be_compiled_is_refused() -> None:
-    with pytest.raises(ConfigError, match="engine.compile does not work with engine.zero_stage=3.*zero_stage=2"):
+    with pytest.raises(ConfigError, match=r"engine\.compile does not work with engine.zero_stage=3.*zero_stage=2"):
         EngineConfig(compile=True, zero_stage=3)

@@ -90,3 +90,8 @@ def test_other_ranks_profile_only_where_all_do(tmp_path: Path) -> None:
 def test_anything_but_a_range_of_steps_is_refused(text: str) -> None:
     with pytest.raises(ProfileError, match=re.escape(f"--profile {text}: expected the first and the last step")):
         ProfiledSteps.parse(text)
+
+
+def test_profiles_of_all_ranks_need_steps() -> None:
+    with pytest.raises(ProfileError, match="--profile-all-ranks needs the steps"):
+        ProfiledSteps.parse(None, all_ranks=True)

@@ -295,8 +295,8 @@ def _rectangle(width: int) -> tuple[int, int]:
 def _dropout(keys: torch.Tensor | None, site: int, p: float) -> Dropout:
     if keys is None:
         return Dropout(None, None, None, None)
-    threshold = round(p * hashing._LANE_VALUES) - hashing._LANE_VALUES // 2
-    return Dropout(keys.contiguous(), site * hashing._SITE_STRIDE, threshold, hashing.keep_scale(p))
+    first_word = site * hashing.SITE_STRIDE
+    return Dropout(keys.contiguous(), first_word, hashing.keep_threshold(p), hashing.keep_scale(p))
 
 
 def _sum(partials: torch.Tensor, out: torch.Tensor) -> None:

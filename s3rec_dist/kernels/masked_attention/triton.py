@@ -166,7 +166,7 @@ def _batch(
         dropout_keys=None if dropout_keys is None else dropout_keys.contiguous(),
         scale=scale,
         keep_scale=hashing.keep_scale(dropout_p),
-        threshold=round(dropout_p * (1 << 16)) - (1 << 15),
+        threshold=hashing.keep_threshold(dropout_p),
         CAUSAL=tl.constexpr(causal),
         BITS=tl.constexpr(min(max(16, triton.next_power_of_2(max_seqlen)), BITS)),
         SHORT=tl.constexpr(max_seqlen <= BITS),
