@@ -50,7 +50,8 @@ class Meeting:
         self.hosts = self._launched_on or [f"host {rank // self.local_size}" for rank in range(self.size)]
         """By rank; until a process has said where it is, what its launcher says, or a number."""
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        has_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        has_torchrun_s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        has_store = self.rank == 0 and not has_torchrun_s
         if not has_store and not _answers(address, port, patience_s):
             raise RendezvousError(
                 f"{self.hosts[0]} (rank 0) did not arrive: nothing answered {socket.gethostname()} (rank {self.rank}) "
@@ -72,7 +73,8 @@ class Meeting:
                 f"{socket.gethostname()} (rank {self.rank}) cannot {doing} at {address}:{port}: {reason}; set another "
                 "MASTER_PORT"
             ) from error
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # Torchrun's own store outlives a restart. One of rank 0 does not; and hosts count restarts differently.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if has_torchrun_s else "0"
         self.store = dist.PrefixStore(f"s3rec/{attempt}", store)
         self._awaited = set(range(self.size))  # by rank 0
 
