@@ -72,8 +72,13 @@ def kubernetes(hosts: Hosts, settings: list[str], folder: Path) -> Ended:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "start",
-    [over_hostfile("pdsh"), over_hostfile("ssh"), slurm, skypilot, kubernetes],
-    ids=["pdsh", "ssh", "slurm", "skypilot", "kubernetes"],
+    [
+        pytest.param(over_hostfile("pdsh"), id="pdsh"),
+        pytest.param(over_hostfile("ssh"), id="ssh", marks=pytest.mark.extended),
+        pytest.param(slurm, id="slurm"),
+        pytest.param(skypilot, id="skypilot", marks=pytest.mark.extended),
+        pytest.param(kubernetes, id="kubernetes"),
+    ],
 )
 def test_two_hosts_train_as_one_process_does(
     make_hosts: Callable[[int], Hosts], dataset: Path, farthest: Callable[[Path], float], tmp_path: Path, start: Start

@@ -69,7 +69,7 @@ def test_a_host_that_is_lost_ends_the_others(
     assert ended.seconds < 60, ended.output
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.extended)])
 def test_a_host_off_the_network_ends_the_others_under_commands_that_are_not_ours(
     make_hosts: MakeHosts, dataset: Path, tmp_path: Path, launcher: str
 ) -> None:

@@ -217,7 +217,7 @@ def test_torch_compile_keeps_it_in_one_graph_for_all_counts_of_tokens() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.extended), 90])
 def test_the_kernels_compile(capability: int, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     repository = Path(__file__).parents[2]

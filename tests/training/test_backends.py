@@ -39,7 +39,7 @@ def curve(dataset: Dataset, world: World, output: Path, backend: str) -> list[fl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+@pytest.mark.parametrize("backend", ["sdpa", pytest.param("triton", marks=pytest.mark.extended)])
 def test_a_backend_s_loss_curve_is_the_reference_s(
     dataset: Dataset, world: World, tmp_path: Path, backend: str
 ) -> None:

@@ -23,7 +23,7 @@ def compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize(("stage", "zero"), [("pretrain", 0), ("finetune", 2)])
+@pytest.mark.parametrize(("stage", "zero"), [pytest.param("pretrain", 0, marks=pytest.mark.extended), ("finetune", 2)])
 def test_a_compiled_run_has_the_curve_of_one_that_is_not(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, zero: int
 ) -> None:
@@ -39,6 +39,7 @@ def test_a_compiled_run_has_the_curve_of_one_that_is_not(
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.skipif(shutil.which("g++") is None, reason="a C++ compiler is not installed")
 def test_what_the_compiler_fuses_trains_alike(dataset: Path, tmp_path: Path) -> None:
     changes = {"finetune__epochs": 1, "model__layers": 1}
