@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 
 def free_port() -> int:
@@ -49,3 +50,14 @@ def wait_for(processes: Sequence[subprocess.Popen[str]], timeout: float, expect:
     statuses = [process.returncode for process in processes]
     assert statuses == [expect] * len(processes), f"exit statuses {statuses}\n" + "\n".join(outputs)
     return outputs
+
+
+def leave_behind(shared: str, port: int) -> None:
+    """A child, shared memory, and a port that is listened at while it lives."""
+    subprocess.Popen(["sleep", "100"])
+    if os.environ["RANK"] == "0":
+        memory = torch.from_file(shared, shared=True, size=4096, dtype=torch.uint8)
+        with socket.create_server(("127.0.0.1", port)):
+            time.sleep(100)
+        memory.fill_(0)
+    time.sleep(100)

@@ -6,13 +6,11 @@ import json
 import os
 import random
 import signal
-import socket
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-import torch
+from processes import leave_behind
 
 from s3rec_dist.__main__ import main
 from s3rec_dist.bench.faults import _free_port, _Job
@@ -28,17 +26,6 @@ def test_a_run_survives_kills_sigterm_and_damage(capsys: pytest.CaptureFixture[s
     assert result["SIGKILLs"] >= 3 and result["SIGKILLs_during_a_save"] >= 1 and result["SIGTERMs"] == 1
     assert result["corrupted_checkpoints"] == 120 and result["steps_with_equal_losses"] > 20
     assert result["s_from_SIGTERM_to_the_end"] < 25 and result["s_to_agree_on_a_whole_one"] < 60
-
-
-def leave_behind(shared: str, port: int) -> None:
-    """A child, shared memory, and a port that is listened at while it lives."""
-    subprocess.Popen(["sleep", "100"])
-    if os.environ["RANK"] == "0":
-        memory = torch.from_file(shared, shared=True, size=4096, dtype=torch.uint8)
-        with socket.create_server(("127.0.0.1", port)):
-            time.sleep(100)
-        memory.fill_(0)
-    time.sleep(100)
 
 
 def test_what_a_job_leaves_behind_is_found(tmp_path: Path) -> None:
