@@ -17,6 +17,7 @@ from s3rec_dist.bench.faults import _free_port, _Job
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_a_run_survives_kills_sigterm_and_damage(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["model.hidden_size=16", "model.inner_size=32", "model.max_length=10", "pretrain.batch_size=64"]
     settings += ["engine.device=cpu", "engine.threads=1", "engine.zero_stage=1", "pretrain.checkpoint_every_steps=5"]

@@ -38,6 +38,7 @@ def test_a_host_with_another_dataset_and_output_is_named(
     assert SECRET not in ended.output
 
 
+@pytest.mark.extended
 def test_a_host_that_is_cut_off_is_named(make_hosts: Callable[[int], Hosts], tmp_path: Path) -> None:
     """Its process runs, and reaches nobody. DeepSpeed's launcher knows what the host is called."""
     hosts = make_hosts(2)

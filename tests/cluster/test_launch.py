@@ -75,7 +75,7 @@ def kubernetes(hosts: Hosts, settings: list[str], folder: Path) -> Ended:
     [
         pytest.param(over_hostfile("pdsh"), id="pdsh"),
         pytest.param(over_hostfile("ssh"), id="ssh", marks=pytest.mark.extended),
-        pytest.param(slurm, id="slurm"),
+        pytest.param(slurm, id="slurm", marks=pytest.mark.extended),
         pytest.param(skypilot, id="skypilot", marks=pytest.mark.extended),
         pytest.param(kubernetes, id="kubernetes"),
     ],

@@ -50,7 +50,13 @@ def test_four_hosts_of_a_hostfile_train_as_one_process_does(
     assert farthest(tmp_path / "run" / "pretrain") < 1e-6
 
 
-@pytest.mark.parametrize(("remote", "fault"), [("ssh", Hosts.kill_ranks), ("pdsh", Hosts.cut)], ids=["killed", "cut"])
+@pytest.mark.parametrize(
+    ("remote", "fault"),
+    [
+        pytest.param("ssh", Hosts.kill_ranks, id="killed", marks=pytest.mark.extended),
+        pytest.param("pdsh", Hosts.cut, id="cut"),
+    ],
+)
 def test_a_host_that_is_lost_ends_the_others(
     make_hosts: MakeHosts, dataset: Path, tmp_path: Path, remote: str, fault: Callable[[Hosts, str], None]
 ) -> None:

@@ -37,6 +37,7 @@ def train(
     return printed + wait_for([process], 280)[0]
 
 
+@pytest.mark.extended
 def test_a_resumed_run_goes_on_as_the_same_one_with_all_its_numbers(dataset: Path, tmp_path: Path) -> None:
     with serve_wandb() as server:
         for epochs in (1, 2):

@@ -71,7 +71,7 @@ def pair(dataset: Path, output: Path, rank: int, how: str, **settings: object) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.extended)])
 def test_a_process_that_is_stopped_ends_the_other(dataset: Path, tmp_path: Path, rank: int) -> None:
     with pair(dataset, tmp_path, rank, "stopped") as processes:
         output = processes[1 - rank].communicate(timeout=120)[0]
@@ -106,6 +106,7 @@ def test_work_that_takes_longer_is_waited_for(dataset: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_processes_that_were_all_stopped_for_a_while_go_on(dataset: Path, tmp_path: Path) -> None:
     """As by a suspended laptop, or a scheduler that lets another job go first."""
     with pair(dataset, tmp_path, 1, "", engine__hang_seconds=3, pretrain__epochs=10) as processes:
