@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 from processes import start_process, wait_for
 from runs import arguments, curve, events
 from wandb_server import WandbServer, serve_wandb
