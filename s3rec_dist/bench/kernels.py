@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from s3rec_dist.bench.compare import ERROR, is_left_out, seconds_of, wrong
 from s3rec_dist.hashing import hash64
 from s3rec_dist.kernels.backends import BACKENDS
 from s3rec_dist.kernels.masked_attention import masked_attention
@@ -30,9 +31,6 @@ BEAUTY_PREFIXES = [
     *(250, 233, 226, 216, 206, 191, 184, 173, 165, 161, 153, 144),
 ]
 """Of length 1, 2, ... 50, in the Amazon Beauty pretraining samples: 7.15 on average."""
-
-ERROR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-"""Most that a rival may be off the definition, relative to its root mean square."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,30 +262,19 @@ def bench_kernels(
     for shape in shapes(device) if measured is None else measured:
         inputs = Inputs(shape, device, dtype)
         for name, build in rivals(device).items():
-            try:
-                rival = build(inputs)
-                wrong = _wrong(inputs, rival)
-            except Exception as error:  # whatever a rival raises
-                wrong = f"{type(error).__name__}: {error}"
-            if wrong and name.startswith(("triton", *BACKENDS)):
-                raise RuntimeError(f"{shape}: {name} fails: {wrong}")
-            if wrong:
-                print(f"{shape}: {name} is left out: {wrong.splitlines()[0]}")
-                continue
-            figures |= _figures(f"{shape} {name}", rival, shape, device, repetitions)
+            rival = cache(partial(build, inputs))
+            is_ours = name.startswith(("triton", *BACKENDS))
+            if not is_left_out(f"{shape}: {name}", partial(_wrong, inputs, rival), is_ours=is_ours):
+                figures |= _figures(f"{shape} {name}", rival(), shape, device, repetitions)
     return figures
 
 
-def _wrong(inputs: Inputs, rival: Rival) -> str | None:
+def _wrong(inputs: Inputs, build: Callable[[], Rival]) -> str | None:
     """How the rival's results differ from the definition's, in fp32, if they do."""
+    rival = build()
     reference = ours(inputs, "reference", rival.dropout_p)
     reference = replace(reference, leaves=[x.float() for x in reference.leaves], grad=reference.grad.float())
-    most = ERROR[inputs.q.dtype]
-    for name, value, right in zip(("output", "dq", "dk", "dv"), _results(rival), _results(reference), strict=True):
-        error = float((value - right).norm() / right.norm())
-        if not error <= most:
-            return f"its {name} is off by {error:.2g} of the root mean square, more than {most:g}"
-    return None
+    return wrong(("output", "dq", "dk", "dv"), _results(rival), _results(reference), ERROR[inputs.q.dtype])
 
 
 def _results(rival: Rival) -> list[torch.Tensor]:
@@ -313,7 +300,7 @@ def _figures(name: str, rival: Rival, shape: Shape, device: torch.device, repeti
     figures = {}
     # Elements moved: 4 forward, 8 backward. The backward pass has five products where the forward pass has two.
     for title, call, moved, work in (("forward", forward, 4, 1.0), ("forward+backward", both, 12, 3.5)):
-        seconds = _seconds(call, device, repetitions)
+        seconds = seconds_of(call, device, repetitions)
         figures[f"{name} {title} us"] = [s * 1e6 for s in seconds]
         figures[f"{name} {title} GB/s"] = [shape.traffic(moved * size) / s / 1e9 for s in seconds]
         figures[f"{name} {title} TFLOP/s"] = [shape.flops() * work / s / 1e12 for s in seconds]
@@ -325,31 +312,9 @@ def _limits(device: torch.device, repetitions: int) -> dict[str, list[float]]:
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     square = torch.randn(8192, 8192, device=device).bfloat16()
-    copies = _seconds(lambda: target.copy_(source), device, repetitions)
-    products = _seconds(lambda: square @ square, device, repetitions)
+    copies = seconds_of(lambda: target.copy_(source), device, repetitions)
+    products = seconds_of(lambda: square @ square, device, repetitions)
     return {
         "copy GB/s": [2 * len(source) / s / 1e9 for s in copies],
         "matmul TFLOP/s": [2 * 8192**3 / s / 1e12 for s in products],
     }
-
-
-def _seconds(call: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
-    """Of each repetition, after three that are not counted."""
-    seconds = []
-    buffer = torch.empty(1 << 30, dtype=torch.uint8, device=device) if device.type == "cuda" else None
-    for repetition in range(repetitions + 3):
-        if buffer is None:
-            start = time.perf_counter()
-            call()
-            elapsed = time.perf_counter() - start
-        else:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            buffer.zero_()
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize(device)
-            elapsed = begin.elapsed_time(end) / 1e3
-        if repetition >= 3:
-            seconds.append(elapsed)
-    return seconds

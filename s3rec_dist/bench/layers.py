@@ -9,10 +9,11 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from s3rec_dist.bench.kernels import ERROR, _seconds
+from s3rec_dist.bench.compare import ERROR, is_left_out, seconds_of, wrong
 from s3rec_dist.hashing import hash64, keep_mask, keep_scale
 from s3rec_dist.kernels import fused_layers
 from s3rec_dist.kernels.backends import use_triton
@@ -107,16 +108,9 @@ def bench_layers(
         found = rivals(shape, device, dtype)
         expected = _results(found["plain"], ids, [x.float() for x in leaves])
         for name, layer in found.items():
-            try:
-                wrong = _wrong(_results(layer, ids, leaves), expected, ERROR[dtype])
-            except Exception as error:  # whatever a rival raises
-                wrong = f"{type(error).__name__}: {error}"
-            if wrong and name == "triton":
-                raise RuntimeError(f"{shape}: {name} fails: {wrong}")
-            if wrong:
-                print(f"{shape}: {name} is left out: {wrong.splitlines()[0]}")
-                continue
-            figures |= _figures(f"{shape} {name}", layer, ids, leaves, shape, repetitions)
+            check = partial(_wrong, layer, ids, leaves, expected)
+            if not is_left_out(f"{shape}: {name}", check, is_ours=name == "triton"):
+                figures |= _figures(f"{shape} {name}", layer, ids, leaves, shape, repetitions)
     return figures
 
 
@@ -128,13 +122,11 @@ def _results(layer: Layer, ids: list[torch.Tensor], leaves: list[torch.Tensor]) 
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
-def _wrong(found: list[torch.Tensor], expected: list[torch.Tensor], most: float) -> str | None:
-    for i, (value, right) in enumerate(zip(found, expected, strict=True)):
-        error = float((value.float() - right).norm() / right.norm())
-        if not error <= most:
-            what = f"gradient {i}" if i else "output"
-            return f"its {what} is off by {error:.2g} of the root mean square, more than {most:g}"
-    return None
+def _wrong(
+    layer: Layer, ids: list[torch.Tensor], leaves: list[torch.Tensor], expected: list[torch.Tensor]
+) -> str | None:
+    names = ("output", *(f"gradient {i}" for i in range(1, len(expected))))
+    return wrong(names, _results(layer, ids, leaves), expected, ERROR[leaves[0].dtype])
 
 
 def _figures(
@@ -153,7 +145,7 @@ def _figures(
     figures = {}
     size = upstream.numel() * upstream.element_size()
     for title, call, passes in zip(("forward", "forward+backward"), (forward, both), PASSES[shape.layer], strict=True):
-        seconds = _seconds(call, upstream.device, repetitions)
+        seconds = seconds_of(call, upstream.device, repetitions)
         figures[f"{name} {title} us"] = [s * 1e6 for s in seconds]
         figures[f"{name} {title} GB/s"] = [passes * size / s / 1e9 for s in seconds]
     return figures

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from s3rec_dist.bench.kernels import ERROR, _seconds
+from s3rec_dist.bench.compare import ERROR, is_left_out, seconds_of, wrong
 from s3rec_dist.kernels.attribute_loss import attribute_loss, attribute_pairs
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -93,16 +94,9 @@ def bench_losses(
         matrices, lists = shape.inputs(device, dtype)
         expected = _results(rivals(device, lists)["reference"], [x.float() for x in matrices])
         for name, loss in rivals(device, lists).items():
-            try:
-                wrong = _wrong(_results(loss, matrices), expected, ERROR[dtype])
-            except Exception as error:  # whatever a rival raises
-                wrong = f"{type(error).__name__}: {error}"
-            if wrong and name in ("reference", "triton"):
-                raise RuntimeError(f"{shape}: {name} fails: {wrong}")
-            if wrong:
-                print(f"{shape}: {name} is left out: {wrong.splitlines()[0]}")
-                continue
-            figures |= _figures(f"{shape} {name}", loss, matrices, shape, repetitions)
+            check = partial(_wrong, loss, matrices, expected)
+            if not is_left_out(f"{shape}: {name}", check, is_ours=name in ("reference", "triton")):
+                figures |= _figures(f"{shape} {name}", loss, matrices, shape, repetitions)
     return figures
 
 
@@ -113,12 +107,9 @@ def _results(loss: Loss, matrices: list[torch.Tensor]) -> list[torch.Tensor]:
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
-def _wrong(found: list[torch.Tensor], expected: list[torch.Tensor], most: float) -> str | None:
-    for name, value, right in zip(("loss", "gradient of hidden", "gradient of table"), found, expected, strict=True):
-        error = float((value.float() - right).norm() / right.norm())
-        if not error <= most:
-            return f"its {name} is off by {error:.2g} of the root mean square, more than {most:g}"
-    return None
+def _wrong(loss: Loss, matrices: list[torch.Tensor], expected: list[torch.Tensor]) -> str | None:
+    names = ("loss", "gradient of hidden", "gradient of table")
+    return wrong(names, _results(loss, matrices), expected, ERROR[matrices[0].dtype])
 
 
 def _figures(
@@ -134,7 +125,7 @@ def _figures(
     figures = {}
     product = 2 * shape.rows * shape.attributes * shape.features
     for title, call, products in (("forward", forward, 1), ("forward+backward", both, 3)):
-        seconds = _seconds(call, matrices[0].device, repetitions)
+        seconds = seconds_of(call, matrices[0].device, repetitions)
         figures[f"{name} {title} us"] = [s * 1e6 for s in seconds]
         figures[f"{name} {title} TFLOP/s"] = [products * product / s / 1e12 for s in seconds]
     return figures

@@ -16,7 +16,7 @@ CAUSAL = bench.Shape(name="odd", lengths=(3, 50, 1, 7), heads=2, head_size=16, c
 
 def wrong(build: Callable[[bench.Inputs], bench.Rival], shape: bench.Shape) -> str | None:
     inputs = bench.Inputs(shape, CPU, torch.float32)
-    return bench._wrong(inputs, build(inputs))
+    return bench._wrong(inputs, lambda: build(inputs))
 
 
 @pytest.mark.parametrize("shape", [SHAPE, CAUSAL], ids=str)
