@@ -339,7 +339,6 @@ class _Training:
         self.launched: Launched | None = None
         self.skips = Skips(self.engine, self.stage.max_skipped_steps)
         self.rewound_to = -1
-        self.is_done = False
         self.owes_epoch_end = False  # an epoch's last step is done, its validation not
         self.best: dict[str, Any] | None = None
         self.since_best = 0
@@ -406,9 +405,10 @@ class _Training:
             self.tracker.event("not_profiled", reason=reason)
         began = time.monotonic()
         self.tracker.begin(step=self.step, total_steps=self.total_steps)
-        while not self.is_done:
+        while True:
             try:
                 self.train()
+                break
             except Diverged as diverged:
                 self.rewind(diverged)
         if self.best is not None:
@@ -425,7 +425,6 @@ class _Training:
         if self.saved_step != self.step:
             self.save()
         self.finish_save(must=True)
-        self.is_done = True
 
     def train_epoch(self, epoch: int) -> None:
         """The rest of an epoch, with what follows it: validation and checkpoint."""
