@@ -63,15 +63,18 @@ def explain_backend(wanted: str, device: torch.device, dtype: torch.dtype, head_
     return ("sdpa", f"triton {obstacle}") if obstacle else ("triton", "the fast path on a GPU")
 
 
-def use_triton(device: torch.device, dtype: torch.dtype, wanted: str = "auto") -> bool:
+def use_triton(
+    device: torch.device, dtype: torch.dtype, wanted: str = "auto", *, own_obstacle: str | None = None
+) -> bool:
     """Whether an operator that has no ``sdpa`` runs its Triton kernels on such tensors, rather than its reference.
 
-    ``wanted`` is attention's: ``sdpa`` means the reference. Raises ValueError as :func:`choose_backend` does.
+    ``wanted`` is attention's: ``sdpa`` means the reference. ``own_obstacle`` is what keeps this operator's kernels from
+    them, if anything does, to be read after "triton". Raises ValueError as :func:`choose_backend` does.
     """
     wanted = _wanted(wanted)
     if wanted in BACKENDS or (wanted == "auto" and device.type == "cpu"):
         return False
-    obstacle = _triton_obstacle(device, dtype)
+    obstacle = _triton_obstacle(device, dtype) or own_obstacle
     if wanted == "triton":
         _refuse(obstacle, ("reference",))
     return obstacle is None

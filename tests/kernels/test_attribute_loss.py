@@ -272,6 +272,8 @@ def test_it_is_forced_by_the_context_and_refused_where_it_cannot_be() -> None:
     wide = Case(features=TRITON_MOST_FEATURES + 1)
     with pytest.raises(ValueError, match="backend='triton' takes up to 512 features, not 513; use reference"):
         wide.results("triton")
+    with forced_backend("triton"), pytest.raises(ValueError, match="backend='triton' takes up to 512 features"):
+        wide.results("auto")
     assert wide.results("auto").keys() == wide.results("reference").keys()
 
 

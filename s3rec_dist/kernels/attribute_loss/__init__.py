@@ -79,13 +79,11 @@ def _loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss, and its gradients while the logits are there; one that is not asked for is empty."""
     compute: Any = reference_loss
-    if use_triton(hidden.device, hidden.dtype, backend):
-        if hidden.shape[1] <= TRITON_MOST_FEATURES:
-            from s3rec_dist.kernels.attribute_loss.triton import triton_loss as compute
-        elif backend == "triton":
-            raise ValueError(
-                f"backend='triton' takes up to {TRITON_MOST_FEATURES} features, not {hidden.shape[1]}; use reference"
-            )
+    features, too_wide = hidden.shape[1], None
+    if features > TRITON_MOST_FEATURES:
+        too_wide = f"takes up to {TRITON_MOST_FEATURES} features, not {features}"
+    if use_triton(hidden.device, hidden.dtype, backend, own_obstacle=too_wide):
+        from s3rec_dist.kernels.attribute_loss.triton import triton_loss as compute
     loss, grad_hidden, grad_table = compute(hidden, table, items, offsets, values, learns_hidden, learns_table)
     return (
         loss,
