@@ -216,6 +216,15 @@ COMMANDS = {
             s3rec synth --events 200_000 --items 5_000 --users 20_000 --seed 7 --output small""",
         build=_defined_in("s3rec_dist.data.synth"),
     ),
+    "completion": Command(
+        summary="let your shell complete commands, options and settings",
+        description="""
+            Prints a script that completes commands, options, key=value settings and file names. Where it goes: for
+            bash ~/.local/share/bash-completion/completions/s3rec, for zsh _s3rec in a folder of $fpath, for fish
+            ~/.config/fish/completions/s3rec.fish. Make it again after an update.""",
+        example="s3rec completion bash",
+        build=_defined_in("s3rec_dist.completion"),
+    ),
 }
 
 

@@ -31,6 +31,7 @@ MODULES = {
     "import": "s3rec_dist.export",
     "bench": "s3rec_dist.bench.command",
     "synth": "s3rec_dist.data.synth",
+    "completion": "s3rec_dist.completion",
 }
 
 
@@ -69,7 +70,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert list(cli.COMMANDS) == [
         "prepare", "inspect", "convert", "pretrain", "finetune", "doctor", "evaluate", "recommend", "export", "import",
-        "bench", "synth",
+        "bench", "synth", "completion",
     ]  # fmt: skip
 
 
