@@ -181,12 +181,15 @@ COMMANDS = {
         build=_defined_in("s3rec_dist.recommend"),
     ),
     "export": Command(
-        summary="turn a checkpoint into a model folder to keep or share",
+        summary="turn a checkpoint into a model folder to keep or share, or a file for another program",
         description="""
             Writes fp32 weights as safetensors, the model's settings, the item catalogue and a model card into one
-            folder, which recommend, evaluate and finetune.pretrained accept.""",
-        example="s3rec export runs/beauty/finetune --dataset data/beauty --output models/beauty",
-        build=_defined_in("s3rec_dist.export", "add_export_arguments", "run_export"),
+            folder, which recommend, evaluate and finetune.pretrained accept; or with --format what another program
+            reads.""",
+        example="""
+            s3rec export runs/beauty/finetune --dataset data/beauty --output models/beauty
+            s3rec export runs/beauty/pretrain --dataset data/beauty --format reference --output beauty.pt""",
+        build=_defined_in("s3rec_dist.interchange.command", "add_export_arguments", "run_export"),
     ),
     "import": Command(
         summary="turn a checkpoint of the original S3-Rec into a model folder",
@@ -197,7 +200,7 @@ COMMANDS = {
         example="""
             s3rec import --format reference --checkpoint Beauty-epochs-150.pt --output models/beauty-reference
             s3rec import --checkpoint Beauty-epochs-150.pt --dataset data/beauty --output models/beauty-reference""",
-        build=_defined_in("s3rec_dist.export", "add_import_arguments", "run_import"),
+        build=_defined_in("s3rec_dist.interchange.command", "add_import_arguments", "run_import"),
     ),
     "bench": Command(
         summary="measure speed and memory on this machine",

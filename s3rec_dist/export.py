@@ -10,19 +10,15 @@
     model = S3Rec.from_pretrained("models/beauty").eval()
 
 Both may be URLs. A folder appears only when it is whole, by a rename; on other storage by config.json, which comes
-last. Imported are the state dicts of the S3-Rec authors' PyTorch implementation, read without unpickling anything but
-tensors.
+last. Other programs' files are ``s3rec_dist/interchange/``.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
 import os
-import pickle
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -34,11 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import s3rec_dist
-from s3rec_dist.config import Config, ModelConfig, from_dict, to_dict
+from s3rec_dist.config import Config, from_dict, to_dict
 from s3rec_dist.data.dataset import Dataset, Manifest
 from s3rec_dist.data.formats import put_in_place, sync_file
 from s3rec_dist.model.s3rec import S3Rec
-from s3rec_dist.storage import DamagedFile, Storage, StorageError, add_storage_argument, storage_of
+from s3rec_dist.storage import DamagedFile, Storage
 from s3rec_dist.training.checkpoint import (
     WEIGHTS,
     catalogue_of,
@@ -352,193 +348,3 @@ def model_card(metadata: Mapping[str, Any], name: str) -> str:
     else:
         lines += ["```sh", f"s3rec finetune data.path=DATASET finetune.pretrained={name}", "```"]
     return "\n".join(lines) + "\n"
-
-
-def import_reference(
-    checkpoint: str, heads: int = 2, dataset: Dataset | None = None, storage: Storage | None = None
-) -> S3Rec:
-    """The model of a state dict that the S3-Rec authors' PyTorch implementation saved, at a path or URL.
-
-    Sizes come from the tensors' shapes; the number of ``heads`` is not among them. ``dataset`` must have the
-    checkpoint's items and attributes, numbered alike. Raises :class:`ExportError` for a file that is not a plain
-    state dict, or naming a tensor that is unknown, missing or of an unexpected shape.
-    """
-    tensors = _read_state_dict(checkpoint, storage or Storage())
-    model = _model_of_shapes(tensors, heads, checkpoint, dataset)
-    own = model.state_dict()
-    names = _reference_names(model.config.layers)
-    known = {part for parts in names.values() for part in parts}
-    if missing := known - tensors.keys():
-        raise ExportError(f"{checkpoint}: has no tensor {min(missing)}; {_EXPECTED}")
-    if unknown := tensors.keys() - known:
-        raise ExportError(f"{checkpoint}: has a tensor {min(unknown)}, which an S3-Rec model does not; {_EXPECTED}")
-    for name, parts in names.items():
-        rows, *rest = own[name].shape
-        expected = [rows // len(parts), *rest]
-        for part in parts:
-            if list(tensors[part].shape) != expected:
-                raise ExportError(
-                    f"{checkpoint}: {part} has shape {list(tensors[part].shape)}, expected {expected}; {_EXPECTED}"
-                )
-    fused = {name: torch.cat([tensors[part].float() for part in parts]) for name, parts in names.items()}
-    fit_weights(model, fused, checkpoint)
-    return model
-
-
-_EXPECTED = "expected a checkpoint of the S3-Rec authors' PyTorch implementation"
-
-
-def _read_state_dict(path: str, storage: Storage) -> dict[str, torch.Tensor]:
-    """Float tensors by name; nothing else is unpickled."""
-    try:
-        with storage.at_hand(path) as local:
-            tree = torch.load(local, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ExportError(
-            f"{path}: holds more than tensors, or is no torch file, and was not loaded, because unpickling it could "
-            f"run code; save the model's state_dict() alone ({str(error).strip().splitlines()[0]})"
-        ) from error
-    except (OSError, StorageError):
-        raise
-    except Exception as error:  # torch raises whatever its zip reader and unpickler meet
-        raise ExportError(f"{path}: cannot be read ({error}); {_EXPECTED}") from error
-    if not isinstance(tree, Mapping):
-        raise ExportError(f"{path}: holds a {type(tree).__name__}, not a state dict; {_EXPECTED}")
-    for name, value in tree.items():
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.layout != torch.strided:
-            kind = value.type() if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ExportError(f"{path}: {name!r} holds a {kind}, not a dense tensor of floats; {_EXPECTED}")
-    return dict(tree)
-
-
-def _model_of_shapes(tensors: Mapping[str, torch.Tensor], heads: int, path: str, dataset: Dataset | None) -> S3Rec:
-    """An S3Rec of the sizes that a reference state dict has."""
-
-    def shape(name: str) -> tuple[int, int]:
-        if name not in tensors or tensors[name].ndim != 2:
-            found = f"of shape {list(tensors[name].shape)}" if name in tensors else "missing"
-            raise ExportError(f"{path}: tensor {name} is {found}; {_EXPECTED}")
-        rows, columns = tensors[name].shape
-        return rows, columns
-
-    item_rows, hidden_size = shape("item_embeddings.weight")
-    layers = [int(match[1]) for name in tensors if (match := re.match(r"item_encoder\.layer\.(\d+)\.", name))]
-    config = ModelConfig(
-        hidden_size=hidden_size,
-        layers=max(layers, default=0) + 1,
-        heads=heads,
-        inner_size=shape("item_encoder.layer.0.intermediate.dense_1.weight")[0],
-        max_length=shape("position_embeddings.weight")[0],
-    )
-    n_items, n_attributes = item_rows - 2, shape("attribute_embeddings.weight")[0] - 1
-    if dataset is not None:
-        _check_numbering(dataset, n_items, n_attributes, path)
-    return S3Rec(config, n_items, n_attributes, dataset.item_attributes() if dataset else None)
-
-
-def _check_numbering(dataset: Dataset, n_items: int, n_attributes: int, path: str) -> None:
-    """Raises where the ids of ``dataset`` are not the numbers that the reference trains on."""
-    if (dataset.n_items, dataset.n_attributes) != (n_items, n_attributes):
-        raise ExportError(
-            f"{path}: knows {n_items} items and {n_attributes} attributes, {dataset.path} has {dataset.n_items} and "
-            f"{dataset.n_attributes}; prepare the dataset that it was trained on, with --ids keep"
-        )
-    for name, table in zip(CATALOGUE, (dataset.items_table(), dataset.attributes_table()), strict=True):
-        for number, raw in enumerate(table.column("raw").to_pylist(), 1):
-            if raw != str(number):
-                raise ExportError(
-                    f"{dataset.path}/{name}: id {number} stands for {raw!r}, but the reference trains on the ids of "
-                    "its input files as they are; prepare the dataset with --source s3rec --ids keep"
-                )
-
-
-def _reference_names(layers: int) -> dict[str, tuple[str, ...]]:
-    """The reference's tensor behind each of ours, or its tensors, stacked by rows."""
-    modules: dict[str, tuple[str, ...]] = {"embedding_norm": ("LayerNorm",)}
-    modules |= {f"{task}_head": (f"{task}_norm",) for task in ("aap", "mip", "map", "sp")}
-    for i in range(layers):
-        layer = f"item_encoder.layer.{i}"
-        modules |= {
-            f"blocks.{i}.qkv": tuple(f"{layer}.attention.{part}" for part in ("query", "key", "value")),
-            f"blocks.{i}.attention_output": (f"{layer}.attention.dense",),
-            f"blocks.{i}.attention_norm": (f"{layer}.attention.LayerNorm",),
-            f"blocks.{i}.inner": (f"{layer}.intermediate.dense_1",),
-            f"blocks.{i}.inner_output": (f"{layer}.intermediate.dense_2",),
-            f"blocks.{i}.output_norm": (f"{layer}.intermediate.LayerNorm",),
-        }
-    tables = {
-        f"{table}_embedding.weight": (f"{table}_embeddings.weight",) for table in ("item", "attribute", "position")
-    }
-    return tables | {
-        f"{own}.{kind}": tuple(f"{part}.{kind}" for part in parts)
-        for own, parts in modules.items()
-        for kind in ("weight", "bias")
-    }
-
-
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``s3rec export``."""
-    parser.add_argument(
-        "model", metavar="RUN", help="folder or URL of a run (its best checkpoint), a checkpoint or a model"
-    )
-    parser.add_argument(
-        "--dataset",
-        "--data",
-        required=True,
-        metavar="URL",
-        help="dataset it was trained on, folder or URL, whose catalogue is copied",
-    )
-    _add_output_arguments(parser)
-
-
-def add_import_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``s3rec import``."""
-    parser.add_argument(
-        "--format",
-        choices=("reference",),
-        default="reference",
-        help="what wrote the checkpoint: reference (the default) is the S3-Rec authors' PyTorch code",
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="URL", help="path or URL of the .pt file, a plain state dict"
-    )
-    parser.add_argument(
-        "--dataset",
-        "--data",
-        metavar="URL",
-        help="dataset with the same ids, folder or URL, for its catalogue (default: none)",
-    )
-    parser.add_argument(
-        "--heads", type=int, default=2, metavar="N", help="attention heads, which the file does not say (default: 2)"
-    )
-    _add_output_arguments(parser)
-
-
-def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, metavar="URL", help="model folder to write, a path or URL")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if it is a model folder")
-    add_storage_argument(parser)
-
-
-def run_export(args: argparse.Namespace) -> None:
-    """``s3rec export``."""
-    storage = storage_of(args)
-    export(args.model, Dataset.open(args.dataset, storage), args.output, overwrite=args.overwrite)
-    _report(args.output, storage)
-
-
-def run_import(args: argparse.Namespace) -> None:
-    """``s3rec import``."""
-    storage = storage_of(args)
-    dataset = Dataset.open(args.dataset, storage) if args.dataset else None
-    model = import_reference(args.checkpoint, args.heads, dataset, storage)
-    config = dataclasses.replace(Config(), model=model.config)
-    facts = {"stage": "reference"}
-    write_model(model, args.output, facts, config, dataset, overwrite=args.overwrite, storage=storage)
-    _report(args.output, storage)
-
-
-def _report(output: str, storage: Storage) -> None:
-    names = storage.names(output)
-    size = sum(storage.size(os.path.join(output, name)) for name in names) / 1e6
-    print(f"{output}: {', '.join(names)} ({size:.1f} MB)")

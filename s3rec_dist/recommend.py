@@ -23,11 +23,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +34,8 @@ import pyarrow.parquet as pq
 import torch
 
 from s3rec_dist.data.dataset import Dataset
-from s3rec_dist.data.formats import DAMAGE, parquet_writer, sync_file
+from s3rec_dist.data.formats import DAMAGE, parquet_writer
+from s3rec_dist.data.output import file_output
 from s3rec_dist.evaluation import Histories, add_device_argument, device_of, item_vectors, user_vectors
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
@@ -278,45 +277,16 @@ def _whole_table(output: str, storage: Storage) -> Iterator[Callable[[pa.Table],
             writer.write_table(pa.concat_tables(waiting))
             waiting.clear()
 
-    if storage.is_folder(output):
-        raise RecommendError(f"{output}: is a folder; name a file")
-    try:
-        with _draft_of(output, storage) as draft:
-            writer = parquet_writer(draft, SCHEMA)
-            try:
-                yield write
-                flush()
-            except BaseException:
-                with contextlib.suppress(OSError):  # the error that brought us here is the one to report
-                    writer.close()
-                raise
-            writer.close()
-    except OSError as error:
-        raise RecommendError(
-            f"{output}: could not be written ({error}); make room, or choose another output. Nothing has been changed"
-        ) from error
-
-
-@contextlib.contextmanager
-def _draft_of(output: str, storage: Storage) -> Iterator[str]:
-    """A local path to write a file at, which becomes ``output`` when the block ends well and is gone when not."""
-    local = storage.local(output)
-    if local is None:
-        with tempfile.TemporaryDirectory(prefix="s3rec-", dir=storage.config.scratch_dir or None) as folder:
-            draft = os.path.join(folder, "draft.parquet")
-            yield draft
-            storage.upload(draft, output)
-        return
-    target = Path(local)
-    beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield str(beside)
-        sync_file(str(beside))
-        beside.replace(target)
-        sync_file(str(target.parent))
-    finally:
-        beside.unlink(missing_ok=True)
+    with file_output(output, storage, overwrite=True) as draft:
+        writer = parquet_writer(draft, SCHEMA)
+        try:
+            yield write
+            flush()
+        except BaseException:
+            with contextlib.suppress(OSError):  # the error that brought us here is the one to report
+                writer.close()
+            raise
+        writer.close()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

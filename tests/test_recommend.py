@@ -23,6 +23,7 @@ from s3rec_dist import __main__ as cli
 from s3rec_dist import recommend as module
 from s3rec_dist.config import Config, ModelConfig
 from s3rec_dist.data.dataset import Dataset
+from s3rec_dist.data.output import OutputError
 from s3rec_dist.data.prepare import PrepareSettings, prepare
 from s3rec_dist.evaluation import EvaluationError, Histories
 from s3rec_dist.export import write_model
@@ -478,7 +479,7 @@ def test_a_disk_that_really_is_full_leaves_the_earlier_file(
         rows = np.arange(600) % len(part.users)
         names = (pa.array([f"{hash((i, j)):x}" for j in range(len(rows))]) for i in range(1000))
         many = (Histories(users, part.values, part.starts[rows], part.ends[rows]) for users in names)
-        with pytest.raises(RecommendError, match=r"r\.parquet: could not be written .*No space left"):
+        with pytest.raises(OutputError, match=r"r\.parquet: could not be written .*No space left"):
             recommend(model, many, dataset, str(output), Counts(), k=8)
         assert output.read_bytes() == before and list(disk.iterdir()) == [output]
 

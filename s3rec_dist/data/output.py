@@ -1,7 +1,9 @@
-"""Where a new dataset is built, and how it gets to its place: whole, or not at all.
+"""Where a new dataset, or a file, is built, and how it gets to its place: whole, or not at all.
 
 with dataset_output("s3://bucket/beauty", storage, overwrite=False) as (folder, work):
     ...                                       # write the dataset into ``folder``; ``work`` is for anything else
+with file_output("s3://bucket/beauty.pt", storage, overwrite=False) as path:
+    ...                                       # write the file at ``path``
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from s3rec_dist.data.dataset import Manifest
-from s3rec_dist.data.formats import put_in_place
+from s3rec_dist.data.formats import put_in_place, sync_file
 from s3rec_dist.storage import Storage, files_below, in_parallel
 
 Progress = Callable[[str], None]
@@ -113,3 +115,43 @@ def _publish(folder: str, url: str, storage: Storage) -> None:
     storage.write(f"{url}/manifest.json", manifest.below(sub).to_json().encode())
     for name in before - {"manifest.json"}:
         storage.remove(f"{url}/{name}")
+
+
+@contextlib.contextmanager
+def file_output(output: str, storage: Storage, *, overwrite: bool) -> Iterator[str]:
+    """A local path to write a file at, which becomes ``output``, a path or URL, when the block ends well; when not,
+    nothing has changed. Raises :class:`OutputError` where ``output`` is a folder, or a file and not ``overwrite``, or
+    cannot be written."""
+    if storage.is_folder(output):
+        raise OutputError(f"{output}: is a folder; name a file")
+    if not overwrite and storage.exists(output):
+        raise OutputError(f"{output}: exists already; choose another output, or pass --overwrite to replace it")
+    try:
+        with _draft_of(output, storage) as draft:
+            yield draft
+    except OSError as error:
+        raise OutputError(
+            f"{output}: could not be written ({error}); make room, or choose another output. Nothing has been changed"
+        ) from error
+
+
+@contextlib.contextmanager
+def _draft_of(output: str, storage: Storage) -> Iterator[str]:
+    """A local path that becomes ``output`` when the block ends well and is gone when not."""
+    local = storage.local(output)
+    if local is None:
+        with tempfile.TemporaryDirectory(prefix="s3rec-", dir=storage.config.scratch_dir or None) as folder:
+            draft = os.path.join(folder, output.rsplit("/", 1)[-1])
+            yield draft
+            storage.upload(draft, output)
+        return
+    target = Path(local)
+    beside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield str(beside)
+        sync_file(str(beside))
+        beside.replace(target)
+        sync_file(str(target.parent))
+    finally:
+        beside.unlink(missing_ok=True)

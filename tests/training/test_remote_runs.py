@@ -39,9 +39,11 @@ from s3_server import S3Server, rclone, serve_s3
 from s3rec_dist.__main__ import main
 from s3rec_dist.config import ModelConfig, StorageConfig, load_config, to_dict
 from s3rec_dist.data.dataset import Dataset
-from s3rec_dist.export import ExportError, _reference_names, export, load_export, load_model
+from s3rec_dist.data.output import OutputError
+from s3rec_dist.export import ExportError, export, load_export, load_model
+from s3rec_dist.interchange.reference import reference_state
 from s3rec_dist.model import S3Rec
-from s3rec_dist.recommend import Counts, RecommendError, recommend
+from s3rec_dist.recommend import Counts, recommend
 from s3rec_dist.storage import Storage, StorageError
 from s3rec_dist.training import checkpoint
 from s3rec_dist.training.checkpoint import CheckpointError, Remote, Saver
@@ -495,15 +497,11 @@ def test_every_command_after_training_does_the_same_on_other_storage(
 
 def test_a_checkpoint_of_the_original_is_imported_from_a_url_to_a_url(bucket: str, tmp_path: Path) -> None:
     model = S3Rec(ModelConfig(hidden_size=8, inner_size=16, max_length=5), 9, 3, None)
-    parts = {name: tensor for name, tensor in model.state_dict().items()}
-    tensors = {}
-    for name, theirs in _reference_names(2).items():
-        tensors |= dict(zip(theirs, parts[name].chunk(len(theirs)), strict=True))
-    torch.save(tensors, tmp_path / "original.pt")
+    torch.save(reference_state(model), tmp_path / "original.pt")
     QUICK.upload(str(tmp_path / "original.pt"), f"{bucket}/original.pt")
     assert main(["import", "--checkpoint", f"{bucket}/original.pt", "--output", f"{bucket}/model"]) == 0
     found = load_export(f"{bucket}/model").state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in parts.items())
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_only_a_model_is_replaced_and_only_when_asked(dataset: Path, places: tuple[str, str]) -> None:
@@ -518,7 +516,7 @@ def test_only_a_model_is_replaced_and_only_when_asked(dataset: Path, places: tup
     for other in ("run", "run/checkpoints"):
         with pytest.raises(ExportError, match="not a model folder, so --overwrite leaves it alone"):
             export(f"{bucket}/model", opened, f"{bucket}/{other}", overwrite=True)
-    with pytest.raises(RecommendError, match="is a folder; name a file"):
+    with pytest.raises(OutputError, match="is a folder; name a file"):
         recommend(load_model(f"{bucket}/model", opened), (), opened, f"{bucket}/model", Counts(), k=1)
 
 

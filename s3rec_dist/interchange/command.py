@@ -1,0 +1,130 @@
+"""``s3rec export`` and ``s3rec import``: the formats they know, and their arguments.
+
+s3rec export runs/beauty/finetune --dataset data/beauty --output models/beauty
+s3rec export runs/beauty/finetune --dataset data/beauty --format reference --output beauty.pt
+s3rec import --format reference --checkpoint Beauty-epochs-150.pt --dataset data/beauty --output models/beauty-150
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from s3rec_dist.config import Config
+from s3rec_dist.data.dataset import Dataset
+from s3rec_dist.export import export, load_model, write_model
+from s3rec_dist.interchange import reference
+from s3rec_dist.model.s3rec import S3Rec
+from s3rec_dist.storage import Storage, add_storage_argument, storage_of
+
+FOLDER = "folder"
+"""The format of ``s3rec export`` that every command here reads: a model folder."""
+
+
+def _no_arguments(group: argparse._ArgumentGroup) -> None:
+    """For formats without options of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFormat:
+    """What ``--format NAME`` writes."""
+
+    summary: str
+    """One line of help: what is written, and who reads it."""
+    write: Callable[[S3Rec, Dataset, argparse.Namespace], None]
+    """Writes the model, on the CPU and in evaluation mode, to ``args.output``, whole or not at all; replaces what is
+    there only with ``args.overwrite``. Raises a ValueError of ours."""
+    add_arguments: Callable[[argparse._ArgumentGroup], None] = _no_arguments
+    """Adds the format's own options."""
+
+
+EXPORT_FORMATS = {
+    "reference": ExportFormat(
+        summary="a .pt file for the S3-Rec authors' PyTorch code", write=reference.write_reference
+    ),
+}
+"""By name, besides the model folder."""
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``s3rec export``."""
+    parser.add_argument(
+        "model", metavar="RUN", help="folder or URL of a run (its best checkpoint), a checkpoint or a model"
+    )
+    parser.add_argument(
+        "--dataset", "--data", required=True, metavar="URL", help="dataset it was trained on, folder or URL"
+    )
+    known = "; ".join(f"{name}: {entry.summary}" for name, entry in EXPORT_FORMATS.items())
+    parser.add_argument(
+        "--format",
+        choices=(FOLDER, *EXPORT_FORMATS),
+        default=FOLDER,
+        help=f"{FOLDER} (the default): a model folder with the catalogue; {known}",
+    )
+    _add_output_arguments(parser, "what to write, a path or URL: a folder, or a file of the format")
+    for name, entry in EXPORT_FORMATS.items():
+        if entry.add_arguments is not _no_arguments:
+            entry.add_arguments(parser.add_argument_group(f"--format {name}"))
+
+
+def add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``s3rec import``."""
+    parser.add_argument(
+        "--format",
+        choices=("reference",),
+        default="reference",
+        help="what wrote the checkpoint: reference (the default) is the S3-Rec authors' PyTorch code",
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="URL", help="path or URL of the .pt file, a plain state dict"
+    )
+    parser.add_argument(
+        "--dataset",
+        "--data",
+        metavar="URL",
+        help="dataset with the same ids, folder or URL, for its catalogue (default: none)",
+    )
+    parser.add_argument(
+        "--heads", type=int, default=2, metavar="N", help="attention heads, which the file does not say (default: 2)"
+    )
+    _add_output_arguments(parser, "model folder to write, a path or URL")
+
+
+def _add_output_arguments(parser: argparse.ArgumentParser, output: str) -> None:
+    parser.add_argument("--output", required=True, metavar="URL", help=output)
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier output of the same format")
+    add_storage_argument(parser)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """``s3rec export``: the files, and a line about them on stdout."""
+    storage = storage_of(args)
+    dataset = Dataset.open(args.dataset, storage)
+    if args.format == FOLDER:
+        export(args.model, dataset, args.output, overwrite=args.overwrite)
+    else:
+        EXPORT_FORMATS[args.format].write(load_model(args.model, dataset).eval(), dataset, args)
+    _report(args.output, storage)
+
+
+def run_import(args: argparse.Namespace) -> None:
+    """``s3rec import``: the model folder, and a line about it on stdout."""
+    storage = storage_of(args)
+    dataset = Dataset.open(args.dataset, storage) if args.dataset else None
+    model = reference.import_reference(args.checkpoint, args.heads, dataset, storage)
+    config = dataclasses.replace(Config(), model=model.config)
+    facts = {"stage": "reference"}
+    write_model(model, args.output, facts, config, dataset, overwrite=args.overwrite, storage=storage)
+    _report(args.output, storage)
+
+
+def _report(output: str, storage: Storage) -> None:
+    if storage.is_folder(output):
+        names = storage.names(output)
+        size = sum(storage.size(os.path.join(output, name)) for name in names)
+        print(f"{output}: {', '.join(names)} ({size / 1e6:.1f} MB)")
+    else:
+        print(f"{output}: {storage.size(output) / 1e6:.1f} MB")
