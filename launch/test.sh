@@ -16,5 +16,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests start several processes sid
 ruff check .
 ruff format --check .
 mypy s3rec_dist
-# A worker for each core. With two, each begins with its own half, so that most files stay with one.
-pytest -q --durations=15 -n auto --maxprocesses 4 --dist worksteal "$@"
+# A worker for each core. A file's tests stay with one, which runs once what they share.
+pytest -q --durations=15 -n auto --maxprocesses 4 --dist loadfile "$@"

@@ -605,6 +605,7 @@ def test_from_pretraining_to_recommendations_on_s3_through_a_kill_and_other_mach
     assert max(curve(whole)) == 51
     tag = f"{output}/pretrain/checkpoints/step-00000024"
     assert sum("optim_states" in name for name in names(f"{tag}/deepspeed")) == 2
+    newest = 24 if "manifest.json" in names(tag) else 17  # a save that the kill cut short does not count
 
     remote["storage__scratch_dir"] = str(tmp_path / "another")
     port = free_port()
@@ -613,7 +614,7 @@ def test_from_pretraining_to_recommendations_on_s3_through_a_kill_and_other_mach
     )
     assert status == 0 and f"folder {output}/pretrain" in printed, printed
     resumed = copied(f"{output}/pretrain", tmp_path / "copy")
-    assert [event["step"] for event in events(resumed, "resume")] == [8, 24]
+    assert [event["step"] for event in events(resumed, "resume")] == [8, newest]
     assert curve(resumed) == curve(whole)
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
     assert not list((tmp_path / "another").iterdir())
