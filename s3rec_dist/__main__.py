@@ -202,6 +202,17 @@ COMMANDS = {
             s3rec import --checkpoint Beauty-epochs-150.pt --dataset data/beauty --output models/beauty-reference""",
         build=_defined_in("s3rec_dist.interchange.command", "add_import_arguments", "run_import"),
     ),
+    "config": Command(
+        summary="turn RecBole's settings into a config file",
+        description="""
+            Reads RecBole's YAML settings for S3Rec and writes a config file with the same model, stages and
+            evaluation, and the prepare command for the same data. Lists on stderr what has no counterpart, and what
+            happens here instead.""",
+        example="""
+            s3rec config from-recbole ml-100k.yaml
+            s3rec config from-recbole S3Rec.yaml mine.yaml --output configs/mine.yaml""",
+        build=_defined_in("s3rec_dist.interchange.settings"),
+    ),
     "bench": Command(
         summary="measure speed and memory on this machine",
         description="Measures one part of the system; prints a table, and one JSON object as the last line.",

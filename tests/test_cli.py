@@ -29,6 +29,7 @@ MODULES = {
     "recommend": "s3rec_dist.recommend",
     "export": "s3rec_dist.interchange.command",
     "import": "s3rec_dist.interchange.command",
+    "config": "s3rec_dist.interchange.settings",
     "bench": "s3rec_dist.bench.command",
     "synth": "s3rec_dist.data.synth",
     "completion": "s3rec_dist.completion",
