@@ -20,10 +20,13 @@ from s3rec_dist.data.order import OrderError, check_world
 ITEMS = 120
 
 
+def section_of(repository: Path, heading: str) -> str:
+    return (repository / "README.md").read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
 def commands_below(repository: Path, heading: str) -> str:
     """The first shell block of a section."""
-    section = (repository / "README.md").read_text().split(f"\n## {heading}\n")[1]
-    return section.split("```sh\n")[1].split("```")[0]
+    return section_of(repository, heading).split("```sh\n")[1].split("```")[0]
 
 
 def write_shop(folder: Path) -> None:
@@ -82,7 +85,7 @@ def test_the_errors_are_printed_as_they_stand(
     monkeypatch.chdir(tmp_path)
     commands = commands_below(repository, "Your own data in five minutes").replace("\\\n", "").splitlines()
     assert main(shlex.split(commands[2])[1:]) == 0  # prepare
-    section = (repository / "README.md").read_text().split("\n### Errors and answers\n")[1].split("\n## ")[0]
+    section = section_of(repository, "Errors and answers")
     with pytest.raises(OrderError) as streams:
         check_world(64, 3)
     printed = [str(streams.value)]
