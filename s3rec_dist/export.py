@@ -50,6 +50,7 @@ CONFIG, CARD = "config.json", "README.md"
 CATALOGUE = ("items.parquet", "attributes.parquet")
 
 _KEPT_SETTINGS = ("seed", "model", "pretrain", "finetune", "evaluation")
+_FACTS = ("stage", "origin", "epoch", "step", "metrics")
 _PATHS = {"finetune": "pretrained", "evaluation": "negatives_file"}
 """Settings that name a place on the machine that trained; the last part of the path is kept."""
 
@@ -150,7 +151,7 @@ def export(path: str, dataset: Dataset, output: str, *, overwrite: bool = False)
     weights, metadata = load_weights(path, dataset.storage)
     check_catalogue(metadata, dataset)
     model = _model(weights, metadata, dataset)
-    kept: dict[str, Any] = {name: metadata[name] for name in ("stage", "epoch", "step", "metrics") if name in metadata}
+    kept: dict[str, Any] = {name: metadata[name] for name in _FACTS if name in metadata}
     write_model(model, output, kept, from_dict(metadata["config"], path), dataset, overwrite=overwrite)
 
 
@@ -280,6 +281,8 @@ def model_card(metadata: Mapping[str, Any], name: str) -> str:
         "finetune": "trained to predict the next item, " + ("from scratch" if from_scratch else "after pretraining"),
         "pretrain": "pretrained with the four self-supervised tasks and not fine-tuned",
     }.get(metadata.get("stage", ""), "imported from a checkpoint of the S3-Rec authors' PyTorch implementation")
+    if "origin" in metadata:
+        stage += f"; imported from a checkpoint of {metadata['origin']}"
     lines = [
         "---",
         "library_name: s3rec_dist",

@@ -71,7 +71,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert list(cli.COMMANDS) == [
         "prepare", "inspect", "convert", "pretrain", "finetune", "doctor", "evaluate", "recommend", "export", "import",
-        "bench", "synth", "completion",
+        "config", "bench", "synth", "completion",
     ]  # fmt: skip
 
 

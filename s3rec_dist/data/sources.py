@@ -226,6 +226,32 @@ class RecBole:
         return {name: usable[name] for name in chosen}
 
 
+def recbole_tokens(path: str, item: str, attribute: str, storage: Storage) -> dict[str, list[str]]:
+    """The tokens of the fields ``item`` and ``attribute`` in the order in which RecBole numbers them from 1, after
+    ``[PAD]``, where its settings filter nothing: by first appearance in the .inter file, without items that the .item
+    file lacks, and then in the .item file. Raises :class:`SourceError`."""
+    columns = Columns(user="", item=item, rating="", time="")
+    inter = RecBole(path, "none", columns, (), storage).path
+    item_file = f"{os.path.splitext(inter)[0]}.item"
+    if not storage.exists(item_file):
+        raise SourceError(f"{inter}: there is no .item file beside it, which would have the attributes {attribute!r}")
+    source = RecBole(inter, item_file, columns, (attribute,), storage)
+
+    def bad(position: int, reason: str) -> None:
+        raise SourceError(f"{inter} or its .item file, line {position}: {reason}")
+
+    names = {"item": f"{item}:{_recbole_header(storage, item_file)[item]}"}
+    described = [batch.column("item") for batch in _delimited(storage, item_file, "\t", False, names, 0, bad)]
+    known = pa.chunked_array(described, pa.string())
+    seen = pa.chunked_array([batch.column("item") for batch in source.events(bad)], pa.string())
+    items = pc.unique(pa.chunked_array([*seen.filter(pc.is_in(seen, known)).chunks, *described], pa.string()))
+    values = [batch.column("value") for batch in source.attributes(bad)]
+    attributes = pc.unique(pa.chunked_array(values, pa.string()))
+    return {
+        name: ["[PAD]", *filter(None, column.to_pylist())] for name, column in ((item, items), (attribute, attributes))
+    }
+
+
 class Table:
     """Parquet, CSV or JSONL files with a row per interaction, columns named by the caller."""
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from s3rec_dist.config import Config
 from s3rec_dist.data.dataset import Dataset
-from s3rec_dist.export import export, load_model, write_model
-from s3rec_dist.interchange import reference
+from s3rec_dist.export import ExportError, export, load_model, write_model
+from s3rec_dist.interchange import recbole, reference
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
 
@@ -44,6 +44,11 @@ class ExportFormat:
 EXPORT_FORMATS = {
     "reference": ExportFormat(
         summary="a .pt file for the S3-Rec authors' PyTorch code", write=reference.write_reference
+    ),
+    "recbole": ExportFormat(
+        summary="a .pth file for RecBole's S3Rec",
+        write=recbole.write_recbole,
+        add_arguments=recbole.add_export_arguments,
     ),
 }
 """By name, besides the model folder."""
@@ -74,23 +79,28 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``s3rec import``."""
     parser.add_argument(
         "--format",
-        choices=("reference",),
+        choices=("reference", "recbole"),
         default="reference",
-        help="what wrote the checkpoint: reference (the default) is the S3-Rec authors' PyTorch code",
+        help="what wrote the checkpoint: reference (the default) is the S3-Rec authors' PyTorch code, recbole is "
+        "RecBole 1.2.1",
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="URL", help="path or URL of the .pt file, a plain state dict"
+        "--checkpoint", required=True, metavar="URL", help="path or URL of the authors' .pt or RecBole's .pth file"
     )
     parser.add_argument(
         "--dataset",
         "--data",
         metavar="URL",
-        help="dataset with the same ids, folder or URL, for its catalogue (default: none)",
-    )
-    parser.add_argument(
-        "--heads", type=int, default=2, metavar="N", help="attention heads, which the file does not say (default: 2)"
+        help="dataset with the same items, folder or URL, for its catalogue (default: none; recbole needs one)",
     )
     _add_output_arguments(parser, "model folder to write, a path or URL")
+    group = parser.add_argument_group("--format reference")
+    group.add_argument(
+        "--heads", type=int, default=2, metavar="N", help="attention heads, which the file does not say (default: 2)"
+    )
+    group = parser.add_argument_group("--format recbole")
+    recbole.add_tokens_argument(group)
+    recbole.add_pickle_argument(group)
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser, output: str) -> None:
@@ -114,9 +124,19 @@ def run_import(args: argparse.Namespace) -> None:
     """``s3rec import``: the model folder, and a line about it on stdout."""
     storage = storage_of(args)
     dataset = Dataset.open(args.dataset, storage) if args.dataset else None
-    model = reference.import_reference(args.checkpoint, args.heads, dataset, storage)
-    config = dataclasses.replace(Config(), model=model.config)
-    facts = {"stage": "reference"}
+    if args.format == "recbole":
+        if dataset is None:
+            raise ExportError(
+                "RecBole's item numbers mean nothing without its tokens; give --dataset, whose ids they become"
+            )
+        model, config, stage = recbole.import_recbole(
+            args.checkpoint, dataset, args.tokens, allow_pickle=args.allow_pickle
+        )
+        facts = {"stage": stage, "origin": "RecBole"}
+    else:
+        model = reference.import_reference(args.checkpoint, args.heads, dataset, storage)
+        config = dataclasses.replace(Config(), model=model.config)
+        facts = {"stage": "reference"}
     write_model(model, args.output, facts, config, dataset, overwrite=args.overwrite, storage=storage)
     _report(args.output, storage)
 

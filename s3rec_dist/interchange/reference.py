@@ -18,6 +18,7 @@ from s3rec_dist.config import ModelConfig
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.output import file_output
 from s3rec_dist.export import CATALOGUE, ExportError
+from s3rec_dist.interchange.tensors import cut, fuse, plain_state_dict
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import Storage, StorageError
 from s3rec_dist.training.checkpoint import fit_weights
@@ -36,20 +37,7 @@ def import_reference(
     model = _model_of_shapes(tensors, heads, checkpoint, dataset)
     own = model.state_dict()
     names = reference_names(model.config.layers)
-    known = {part for parts in names.values() for part in parts}
-    if missing := known - tensors.keys():
-        raise ExportError(f"{checkpoint}: has no tensor {min(missing)}; {_EXPECTED}")
-    if unknown := tensors.keys() - known:
-        raise ExportError(f"{checkpoint}: has a tensor {min(unknown)}, which an S3-Rec model does not; {_EXPECTED}")
-    for name, parts in names.items():
-        rows, *rest = own[name].shape
-        expected = [rows // len(parts), *rest]
-        for part in parts:
-            if list(tensors[part].shape) != expected:
-                raise ExportError(
-                    f"{checkpoint}: {part} has shape {list(tensors[part].shape)}, expected {expected}; {_EXPECTED}"
-                )
-    fused = {name: torch.cat([tensors[part].float() for part in parts]) for name, parts in names.items()}
+    fused = fuse(tensors, names, {name: tensor.shape for name, tensor in own.items()}, checkpoint, _EXPECTED)
     fit_weights(model, fused, checkpoint)
     return model
 
@@ -64,18 +52,18 @@ def write_reference(model: S3Rec, dataset: Dataset, args: argparse.Namespace) ->
             f"{args.model}: was trained with model.position_alignment=start, and the reference places the newest item "
             "at the last position; train with model.position_alignment=end to export to it"
         )
+    if model.config.layer_norm_eps != 1e-12:
+        raise ExportError(
+            f"{args.model}: was trained with model.layer_norm_eps={model.config.layer_norm_eps:g}, which the reference "
+            "has fixed at 1e-12; train with that to export to it"
+        )
     with file_output(args.output, dataset.storage, overwrite=args.overwrite) as draft:
         torch.save(reference_state(model), draft)
 
 
 def reference_state(model: S3Rec) -> dict[str, torch.Tensor]:
     """The weights of ``model`` as the reference names and cuts them, fp32."""
-    own = model.state_dict()
-    return {
-        part: piece.float().clone()
-        for name, parts in reference_names(model.config.layers).items()
-        for part, piece in zip(parts, own[name].chunk(len(parts)), strict=True)
-    }
+    return cut(model.state_dict(), reference_names(model.config.layers))
 
 
 _EXPECTED = "expected a checkpoint of the S3-Rec authors' PyTorch implementation"
@@ -95,13 +83,7 @@ def _read_state_dict(path: str, storage: Storage) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:  # torch raises whatever its zip reader and unpickler meet
         raise ExportError(f"{path}: cannot be read ({error}); {_EXPECTED}") from error
-    if not isinstance(tree, Mapping):
-        raise ExportError(f"{path}: holds a {type(tree).__name__}, not a state dict; {_EXPECTED}")
-    for name, value in tree.items():
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.layout != torch.strided:
-            kind = value.type() if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ExportError(f"{path}: {name!r} holds a {kind}, not a dense tensor of floats; {_EXPECTED}")
-    return dict(tree)
+    return plain_state_dict(tree, path, _EXPECTED)
 
 
 def _model_of_shapes(tensors: Mapping[str, torch.Tensor], heads: int, path: str, dataset: Dataset | None) -> S3Rec:

@@ -19,6 +19,7 @@ from toy_models import (
     six_items,
     six_other_items,
     small_model,
+    write_run,
 )
 
 from s3rec_dist import __main__ as cli
@@ -26,7 +27,7 @@ from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.prepare import PrepareSettings, prepare
 from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch
 from s3rec_dist.export import ExportError, export, load_model, open_catalogue
-from s3rec_dist.interchange.reference import import_reference, reference_state
+from s3rec_dist.interchange.reference import import_reference, reference_names, reference_state
 from s3rec_dist.model import S3Rec
 from s3rec_dist.recommend import top_k
 from s3rec_dist.training.checkpoint import load_weights
@@ -154,6 +155,60 @@ def test_import_refuses_what_is_no_state_dict(dataset: Dataset, tmp_path: Path, 
     assert cli.main(["import", "--checkpoint", str(tmp_path / "none.pt"), "--output", str(tmp_path / "m")]) == 2
 
 
+def export_reference(dataset: Dataset, folder: Path, *more: str, **changes: Any) -> int:
+    run = write_run(dataset, folder, small_model(dataset, **changes))
+    arguments = ["--dataset", dataset.path, "--format", "reference", "--output", str(folder / "out" / "x.pt")]
+    return cli.main(["export", str(run), *arguments, *more])
+
+
+def test_an_exported_checkpoint_holds_the_references_tensors_and_comes_back_bit_for_bit(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export_reference(dataset, tmp_path) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/out/x.pt: 0.0 MB\n"
+    state = torch.load(tmp_path / "out/x.pt", weights_only=True)
+    assert state.keys() == {part for parts in reference_names(3).values() for part in parts}
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    query = small_model(dataset).blocks[1].qkv.weight[:8]
+    assert torch.equal(state["item_encoder.layer.1.attention.query.weight"], query)
+    assert_same_weights(import_reference(str(tmp_path / "out/x.pt"), 4, dataset), small_model(dataset))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x.pt"]
+
+
+def test_an_existing_file_is_replaced_only_when_asked(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/x.pt").write_text("years of work")
+    assert export_reference(dataset, tmp_path) == 2
+    assert "x.pt: exists already; choose another output, or pass --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "out/x.pt").read_text() == "years of work"
+    assert cli.main(["export", str(tmp_path / "run/finetune"), "--dataset", dataset.path, "--format", "reference",
+                     "--output", str(tmp_path / "out/x.pt"), "--overwrite"]) == 0  # fmt: skip
+    assert torch.load(tmp_path / "out/x.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"position_alignment": "start"}, "train with model.position_alignment=end to export to it"),
+        ({"layer_norm_eps": 1e-6}, "fixed at 1e-12; train with that to export to it"),
+    ],
+)
+def test_a_model_that_would_score_otherwise_there_is_not_exported(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    assert export_reference(dataset, tmp_path, **changes) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_model_whose_ids_are_not_the_references_numbers_is_not_exported(
+    other: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export_reference(other, tmp_path) == 2
+    assert "but the reference trains on the ids of its input files" in capsys.readouterr().err
+
+
 # Parity with the authors' model, on their data and their weights after 150 epochs. Recorded and found outputs are
 # fp32; they may differ by 1e-4 of the largest recorded value, and losses by 1e-4 of themselves.
 
@@ -186,6 +241,11 @@ def imported(
     prepare(PrepareSettings(source="s3rec", input=str(published_data / f"{request.param}.txt"), output=dataset))
     checkpoint = str(published_data / f"{request.param}-epochs-150.pt")
     assert cli.main(["import", "--checkpoint", checkpoint, "--dataset", dataset, "--output", output]) == 0
+    exported = ["--format", "reference", "--output", str(folder / "again.pt")]
+    assert cli.main(["export", output, "--dataset", dataset, *exported]) == 0
+    found, published = (torch.load(path, weights_only=True) for path in (folder / "again.pt", checkpoint))
+    assert found.keys() == published.keys()  # so their finetune loads it strictly
+    assert all(torch.equal(found[name], tensor) for name, tensor in published.items())
     with np.load(golden / f"{request.param}.npz") as file:
         return Parity(S3Rec.from_pretrained(output).eval(), dict(file))
 
