@@ -186,9 +186,11 @@ def _train(stage: StageName) -> Callable[..., Figures]:
                 nonlocal samples, items
                 samples, items = training.run(args.steps)
 
-            figures: Figures = {"samples/s": [], "items/s": [], "steps/s": []}
+            figures: Figures = {"samples/s": [], "items/s": [], "steps/s": [], "CPU ms a step": []}
             for _ in range(args.repetitions + 1):
+                before = time.process_time()
                 seconds = _seconds(steps, world)
+                figures["CPU ms a step"].append((time.process_time() - before) * 1000 / args.steps)
                 for name, count in (("samples/s", samples), ("items/s", items), ("steps/s", args.steps)):
                     figures[name].append(count / seconds)
             if args.profile:
