@@ -202,6 +202,17 @@ COMMANDS = {
             s3rec import --checkpoint Beauty-epochs-150.pt --dataset data/beauty --output models/beauty-reference""",
         build=_defined_in("s3rec_dist.interchange.command", "add_import_arguments", "run_import"),
     ),
+    "push": Command(
+        summary="put a model folder on the Hugging Face Hub",
+        description="""
+            Checks a model folder's files against their hashes and puts them into a repository on the Hugging Face Hub,
+            in one commit; makes the repository where there is none. S3Rec.from_pretrained("user/repo") loads it. Needs
+            a token: hf auth login, or HF_TOKEN.""",
+        example="""
+            s3rec push models/beauty ann/s3rec-beauty
+            s3rec push models/beauty ann/s3rec-beauty --private --revision v2 --message 'trained on all of November'""",
+        build=_defined_in("s3rec_dist.interchange.hub"),
+    ),
     "config": Command(
         summary="turn RecBole's settings into a config file",
         description="""

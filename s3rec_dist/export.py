@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -48,6 +49,8 @@ FORMAT = "s3rec_dist model"
 VERSION = 1
 CONFIG, CARD = "config.json", "README.md"
 CATALOGUE = ("items.parquet", "attributes.parquet")
+MODEL_FILES = (CONFIG, WEIGHTS, *CATALOGUE, CARD)
+"""What may be in a model folder."""
 
 _KEPT_SETTINGS = ("seed", "model", "pretrain", "finetune", "evaluation")
 _FACTS = ("stage", "origin", "epoch", "step", "metrics")
@@ -176,6 +179,8 @@ def write_model(
     metadata: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
+        "model_type": "s3rec",
+        "architectures": ["S3Rec"],
         "created_with": f"s3rec_dist {s3rec_dist.__version__}",
         "n_items": model.n_items,
         "n_attributes": model.n_attributes,
@@ -263,13 +268,48 @@ def _replaced(place: str, overwrite: bool, storage: Storage) -> list[str]:
         raise ExportError(f"{place}: exists already; choose another output, or pass --overwrite to replace it")
     if is_there and not is_cut_short and not {CONFIG, WEIGHTS} <= names:
         raise ExportError(f"{place}: not a model folder, so --overwrite leaves it alone; choose another output")
-    own = (CONFIG, WEIGHTS, *CATALOGUE, CARD)
-    if storage.local(place) is not None and (others := names.difference(own)):
+    if storage.local(place) is not None and (others := names.difference(MODEL_FILES)):
         raise ExportError(
             f"{place}: holds {min(others)} too, which --overwrite would remove with the model; move it elsewhere, or "
             "choose another output"
         )
-    return [name for name in own if name in names]
+    return [name for name in MODEL_FILES if name in names]
+
+
+def _ranked_among(evaluation: Mapping[str, Any]) -> str:
+    if evaluation["negatives_file"]:
+        return f"the negatives of {evaluation['negatives_file']}"
+    return (
+        f"{evaluation['negatives']} sampled items" if evaluation["protocol"] == "sampled" else "all items not yet seen"
+    )
+
+
+def _front_matter(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What the Hugging Face Hub reads of a model card; ``model-index`` has the measured metrics."""
+    front: dict[str, Any] = {
+        "library_name": "s3rec_dist",
+        "tags": ["recommendation", "sequential-recommendation", "s3-rec", "safetensors"],
+    }
+    if dataset := metadata.get("dataset"):
+        front["datasets"] = [dataset["name"]]
+        if metadata.get("metrics"):
+            evaluation = metadata["config"]["evaluation"]
+            result = {
+                "task": {"type": "next-item-recommendation", "name": "Next-item recommendation"},
+                "dataset": {
+                    "type": dataset["name"],
+                    "name": dataset["name"],
+                    "split": "validation",
+                    "revision": metadata["dataset_fingerprint"],
+                    "args": {"protocol": f"leave one out, ranked among {_ranked_among(evaluation)}"},
+                },
+                "metrics": [
+                    {"type": key.lower().replace("@", "_at_"), "name": key, "value": value}
+                    for key, value in metadata["metrics"].items()
+                ],
+            }
+            front["model-index"] = [{"name": name, "results": [result]}]
+    return front
 
 
 def model_card(metadata: Mapping[str, Any], name: str) -> str:
@@ -285,9 +325,7 @@ def model_card(metadata: Mapping[str, Any], name: str) -> str:
         stage += f"; imported from a checkpoint of {metadata['origin']}"
     lines = [
         "---",
-        "library_name: s3rec_dist",
-        "tags:",
-        *(f"- {tag}" for tag in ("recommendation", "sequential-recommendation", "s3-rec", "safetensors")),
+        yaml.safe_dump(_front_matter(metadata, name), sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
         f"# {name}",
@@ -313,16 +351,10 @@ def model_card(metadata: Mapping[str, Any], name: str) -> str:
         lines += [f"| epochs trained | {metadata['epoch']:g} |", f"| steps trained | {metadata['step']:,} |"]
     lines += ["", "All settings are in `config.json`.", ""]
     if metadata.get("metrics"):
-        evaluation = config["evaluation"]
-        against = "all items not yet seen"
-        if evaluation["negatives_file"]:
-            against = f"the negatives of {evaluation['negatives_file']}"
-        elif evaluation["protocol"] == "sampled":
-            against = f"{evaluation['negatives']} sampled items"
         lines += [
             "## Validation",
             "",
-            f"The item before each user's last one, ranked among {against}:",
+            f"The item before each user's last one, ranked among {_ranked_among(config['evaluation'])}:",
             "",
             "| metric | value |",
             "|---|---|",

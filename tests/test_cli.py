@@ -29,6 +29,7 @@ MODULES = {
     "recommend": "s3rec_dist.recommend",
     "export": "s3rec_dist.interchange.command",
     "import": "s3rec_dist.interchange.command",
+    "push": "s3rec_dist.interchange.hub",
     "config": "s3rec_dist.interchange.settings",
     "bench": "s3rec_dist.bench.command",
     "synth": "s3rec_dist.data.synth",
@@ -71,7 +72,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert list(cli.COMMANDS) == [
         "prepare", "inspect", "convert", "pretrain", "finetune", "doctor", "evaluate", "recommend", "export", "import",
-        "config", "bench", "synth", "completion",
+        "push", "config", "bench", "synth", "completion",
     ]  # fmt: skip
 
 

@@ -255,11 +255,13 @@ class S3Rec(nn.Module):
         return items, self.attribute_offsets, self.attribute_values
 
     @classmethod
-    def from_pretrained(cls, folder: str) -> S3Rec:
-        """The model of a folder, a path or fsspec URL, written by ``s3rec export`` or ``s3rec import``."""
+    def from_pretrained(cls, folder: str, revision: str = "") -> S3Rec:
+        """The model of a folder, a path or fsspec URL, written by ``s3rec export`` or ``s3rec import``; or, where there
+        is no such folder, of the Hugging Face repository ``user/repo``, at a branch, tag or commit."""
         from s3rec_dist.export import load_export
+        from s3rec_dist.interchange.hub import at_hand
 
-        return load_export(folder)
+        return load_export(at_hand(folder, revision))
 
     # RecBole's methods, on padded input
 
