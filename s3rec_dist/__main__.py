@@ -188,18 +188,22 @@ COMMANDS = {
             reads.""",
         example="""
             s3rec export runs/beauty/finetune --dataset data/beauty --output models/beauty
-            s3rec export runs/beauty/pretrain --dataset data/beauty --format reference --output beauty.pt""",
+            s3rec export runs/beauty/pretrain --dataset data/beauty --format reference --output beauty.pt
+            s3rec export runs/ml-100k/finetune --dataset data/ml-100k --format recbole --tokens dataset/ml-100k \\
+                --output S3Rec-ml-100k.pth""",
         build=_defined_in("s3rec_dist.interchange.command", "add_export_arguments", "run_export"),
     ),
     "import": Command(
-        summary="turn a checkpoint of the original S3-Rec into a model folder",
+        summary="turn a checkpoint of the original S3-Rec or of RecBole into a model folder",
         description="""
-            Converts the state dict that the original PyTorch implementation saves into the folder that export writes.
-            With a dataset of the same item and attribute ids the folder gets its catalogue too; without one it still
-            serves as finetune.pretrained.""",
+            Converts what the S3-Rec authors' PyTorch code or RecBole's S3Rec saved into the folder that export writes,
+            with the catalogue of a dataset of the same items. The authors' checkpoints do without one, and then still
+            serve as finetune.pretrained.""",
         example="""
             s3rec import --format reference --checkpoint Beauty-epochs-150.pt --output models/beauty-reference
-            s3rec import --checkpoint Beauty-epochs-150.pt --dataset data/beauty --output models/beauty-reference""",
+            s3rec import --checkpoint Beauty-epochs-150.pt --dataset data/beauty --output models/beauty-reference
+            s3rec import --format recbole --checkpoint saved/S3Rec-ml-100k-50.pth --tokens dataset/ml-100k \\
+                --dataset data/ml-100k --output models/ml-100k-recbole --allow-pickle""",
         build=_defined_in("s3rec_dist.interchange.command", "add_import_arguments", "run_import"),
     ),
     "push": Command(

@@ -312,8 +312,10 @@ def _front_matter(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     return front
 
 
-def model_card(metadata: Mapping[str, Any], name: str) -> str:
-    """README.md of a model folder called ``name`` with this config.json: front matter, then prose in Markdown."""
+def model_card(metadata: Mapping[str, Any], name: str, url: str = "") -> str:
+    """README.md of a model folder called ``name`` with this config.json: front matter, then prose in Markdown. Commands
+    take it from ``url``, where that is another place."""
+    url = url or name
     config, dataset = metadata["config"], metadata.get("dataset")
     model = config["model"]
     from_scratch = config["finetune"]["pretrained"] == "none"
@@ -374,12 +376,12 @@ def model_card(metadata: Mapping[str, Any], name: str) -> str:
     if dataset:
         lines += [
             "```sh",
-            f"s3rec recommend {name} --histories histories.parquet --k 10 --output recommendations.parquet",
-            f"s3rec finetune data.path=DATASET finetune.pretrained={name}",
+            f"s3rec recommend {url} --histories histories.parquet --k 10 --output recommendations.parquet",
+            f"s3rec finetune data.path=DATASET finetune.pretrained={url}",
             "```",
             "",
             "`histories.parquet` has a row per user: `user`, and `items`, a list of raw item ids, oldest first.",
         ]
     else:
-        lines += ["```sh", f"s3rec finetune data.path=DATASET finetune.pretrained={name}", "```"]
+        lines += ["```sh", f"s3rec finetune data.path=DATASET finetune.pretrained={url}", "```"]
     return "\n".join(lines) + "\n"

@@ -49,7 +49,7 @@ def push(folder: str, repository: str, *, private: bool = False, revision: str =
     if card.exists():
         text = card.read_text("utf-8")
         is_own = text == model_card(metadata, os.path.basename(os.path.abspath(local)))
-        files[CARD] = (model_card(metadata, repository) if is_own else text).encode()
+        files[CARD] = (model_card(metadata, repository, f"hf://{repository}") if is_own else text).encode()
     with _told(hub, repository, revision):
         if hub.get_token() is None:
             raise HubError(f"{repository}: no token to write with; run 'hf auth login', or set HF_TOKEN")

@@ -106,6 +106,7 @@ _ALWAYS = {
 """How RecBole's S3Rec always trains."""
 
 _DIFFERENCES = (
+    "samples: RecBole trains on every prefix of a history; here on those of its latest model.max_length training items",
     "pretraining: RecBole puts the newest item at the last position, fine-tuning the oldest at the first, so that its "
     "position embeddings change their meaning in between; here model.position_alignment=start holds for both",
     "pretraining: the last item of a sequence is always masked here, as in the authors' code; RecBole masks it as any",

@@ -87,7 +87,8 @@ def test_a_pushed_folder_is_one_commit_of_its_own_files_and_loads_by_name(
     assert first.files.keys() == set(MODEL_FILES)
     for name in set(MODEL_FILES) - {"README.md"}:
         assert first.files[name] == (folder / name).read_bytes()
-    assert b'S3Rec.from_pretrained("ann/beauty")' in first.files["README.md"]  # the card names the repository
+    card = first.files["README.md"].decode()  # which names the repository
+    assert 'S3Rec.from_pretrained("ann/beauty")' in card and "s3rec recommend hf://ann/beauty --histories" in card
     offline = run("load('ann/beauty')", "load('ann/other')", HF_HUB_OFFLINE="1")
     assert offline[0] == "= 6" and "ann/other: there is no such local folder; on the Hub: " in offline[1]
     assert "cannot be reached, and its files are not in the cache" in offline[1]

@@ -50,9 +50,11 @@ def recbole() -> RecBole:
             [*install, *PACKAGES],
             [*install, "--no-deps", *ALONE],
         ):
-            made = subprocess.run(command, capture_output=True, text=True, timeout=240)
-            if made.returncode:
-                pytest.skip(f"no environment for RecBole 1.2.1: {made.stderr.strip().splitlines()[-1]}")
+            try:
+                subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+            except subprocess.SubprocessError as error:
+                told = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1]
+                pytest.skip(f"no environment for RecBole 1.2.1 could be made: {told}")
         (site,) = folder.glob("lib/python*/site-packages")
         (site / "zz_borrowed.pth").write_text(PATHS)
         marker.write_text("\n".join((*PACKAGES, *ALONE, PATHS)))
