@@ -397,8 +397,8 @@ def add_tokens_argument(group: argparse._ArgumentGroup) -> None:
         "--tokens",
         default="",
         metavar="URL",
-        help="how RecBole numbers items and attributes: its atomic files (a folder; where no setting of its filters), "
-        "a dataset that it saved (.pth), or a JSON file of dataset.field2id_token",
+        help="RecBole's token tables, which say how it numbers items and attributes: its atomic files (a folder; for "
+        "settings that filter nothing), a dataset that it saved (.pth), or a JSON file of dataset.field2id_token",
     )
 
 

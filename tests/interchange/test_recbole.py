@@ -38,7 +38,7 @@ PATHS = f"""import sys; sys.modules["pyarrow"] = None
 
 
 @pytest.fixture(scope="session")
-def recbole() -> RecBole:
+def recbole(tmp_path_factory: pytest.TempPathFactory) -> RecBole:
     """Runs recbole_worker.py in an environment of its own, which is made once beside this one's packages: RecBole
     pins NumPy 1, but takes this environment's torch and pandas."""
     folder = Path(sys.prefix) / "recbole-1.2.1"
@@ -59,12 +59,13 @@ def recbole() -> RecBole:
         (site / "zz_borrowed.pth").write_text(PATHS)
         marker.write_text("\n".join((*PACKAGES, *ALONE, PATHS)))
 
+    here = tmp_path_factory.mktemp("recbole")  # where it leaves its logs
+
     def run(*arguments: object) -> None:
         worker = str(Path(__file__).with_name("recbole_worker.py"))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run(
-            [str(python), worker, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=120
-        )
+        command = [str(python), worker, *map(str, arguments)]
+        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
 
     return run
