@@ -19,11 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
 import types
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from s3rec_dist.config import Config
@@ -104,7 +107,7 @@ def import_recbole(
     of ``dataset`` that it does not know.
     """
     tree = _read_checkpoint(checkpoint, dataset.storage, allow_pickle)
-    settings = _plain_settings(tree.get("config"))
+    settings = _plain_settings(tree.get("config"), checkpoint)
     if not settings:
         raise ExportError(f"{checkpoint}: has no 'config', which says the number of heads; {_EXPECTED}")
     if settings.get("model", "S3Rec") != "S3Rec":
@@ -191,7 +194,10 @@ def _checked_tables(tables: Any, item_field: str, field: str, source: str) -> To
     for name in (item_field, field):
         if name not in tables:
             raise ExportError(f"{source}: has no token table of {name!r}, but of {', '.join(map(str, tables))}")
-        tokens = [str(token) for token in tables[name]]
+        try:
+            tokens = _texts(tables[name])
+        except (ValueError, TypeError, LookupError) as error:
+            raise ExportError(f"{source}: {name}: {error}; {_JSON}") from error
         if tokens[:1] != [PADDING] or len(set(tokens)) != len(tokens):
             raise ExportError(f"{source}: {name}: expected different tokens, {PADDING} the first")
         checked[name] = tokens
@@ -294,15 +300,12 @@ def _saved_tables(path: str, storage: Storage, allow_pickle: bool) -> Any:
         raise _needs_consent(path)
     try:
         with storage.open(path) as file:
-            dataset = _InertUnpickler(file).load()
+            tables = _state_of(_InertUnpickler(file).load())[_TABLES]
+        return {name if isinstance(name, str) else "".join(_texts(name)): tokens for name, tokens in tables.items()}
     except (OSError, StorageError):
         raise
-    except Exception as error:  # so does pickle
-        raise ExportError(f"{path}: cannot be read ({error}); expected a dataset that RecBole saved") from error
-    tables = _state_of(dataset).get(_TABLES)
-    if not isinstance(tables, Mapping):
-        raise ExportError(f"{path}: has no {_TABLES}; expected a dataset that RecBole saved")
-    return tables
+    except Exception as error:  # pickle raises whatever it meets
+        raise ExportError(f"{path}: expected a dataset that RecBole saved ({type(error).__name__}: {error})") from error
 
 
 def _needs_consent(path: str) -> ExportError:
@@ -313,13 +316,18 @@ def _needs_consent(path: str) -> ExportError:
 
 
 class _Inert:
-    """Takes the place of every class and function that a pickle names: takes any arguments, does nothing."""
+    """Takes the place of every class and function that a pickle names: keeps what it is given, does nothing."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self.state: Any = None
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
 
-    def __new__(cls, *args: Any, **options: Any) -> _Inert:
-        return object.__new__(cls)
+    def __new__(cls, *arguments: Any, **options: Any) -> _Inert:
+        inert = object.__new__(cls)
+        inert.arguments = arguments
+        return inert
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        pass
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -334,26 +342,16 @@ class _Inert:
         """For pickles of dict-like objects."""
 
 
-_KNOWN = {
-    ("collections", "OrderedDict"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "_reconstruct"),
-}
-"""What is called where a pickle names it, besides torch's storages."""
-
-
 class _InertUnpickler(pickle.Unpickler):
-    """Makes tensors, arrays and plain values; everything else that a pickle names is :class:`_Inert`."""
+    """Makes tensors and plain values; everything else that a pickle names is :class:`_Inert`, NumPy's too, of which a
+    forged array could point anywhere."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The known ones, or something inert."""
-        if (module, name) in _KNOWN:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        """What makes dictionaries and tensors, or something inert of that name."""
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda *arguments: torch._utils._rebuild_tensor_v2(*arguments)  # one that a pickle may change
         return type(name, (_Inert,), {})
 
 
@@ -364,16 +362,37 @@ def _inert_pickle() -> types.ModuleType:
     return module
 
 
+def _texts(value: Any) -> list[str]:
+    """The strings of a list, or of an array or a scalar of NumPy that was unpickled inert. Raises ValueError, TypeError
+    or LookupError for anything else."""
+    kind, dtype, data = type(value).__name__, None, value
+    if isinstance(value, _Inert) and kind == "_reconstruct":
+        _, _, dtype, _, data = value.state
+    elif isinstance(value, _Inert) and kind == "scalar":
+        dtype, data = value.arguments
+    if isinstance(data, bytes) and isinstance(dtype, _Inert):
+        form = f"{dtype.state[1]}{dtype.arguments[0]}"
+        if re.fullmatch(r"[<>]U[1-9]\d*", form):
+            return np.frombuffer(data, form).tolist()
+    if not isinstance(data, (list, tuple)) or not all(isinstance(text, (str, int)) for text in data):
+        raise ValueError(f"expected strings, found {kind}")
+    return [str(text) for text in data]
+
+
 def _state_of(value: Any) -> Mapping[str, Any]:
     state = value.state if isinstance(value, _Inert) else value
     return state if isinstance(state, Mapping) else {}
 
 
-def _plain_settings(config: Any) -> dict[str, Any]:
+def _plain_settings(config: Any, checkpoint: str) -> dict[str, Any]:
     """The settings of RecBole's pickled Config, or of a plain dictionary, without what is inert."""
     state = _state_of(config)
     found = state.get("final_config_dict", state)
-    return {key: value for key, value in found.items() if _is_plain(value)} if isinstance(found, Mapping) else {}
+    if not isinstance(found, Mapping):
+        return {}
+    if unknown := [key for key, value in found.items() if key in DEFAULTS and not _is_plain(value)]:
+        raise ExportError(f"{checkpoint}: its setting {unknown[0]} is no plain value; {_EXPECTED}")
+    return {key: value for key, value in found.items() if _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:

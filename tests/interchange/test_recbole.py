@@ -243,6 +243,7 @@ def test_a_model_whose_positions_count_from_the_newest_item_is_not_exported(
         ({"item_id": ["[PAD]", *"aabcdef"], "class": ["[PAD]", *"xyz"]}, "item_id: expected different tokens"),
         ({"item_id": ["[PAD]", *"abcdefgh"], "class": ["[PAD]", *"xyz"]}, "has item_id 'g', and 1 more, for which"),
         ([1], "holds a list; expected {field: [token, ...]}"),
+        ({"item_id": 5, "class": ["[PAD]", *"xyz"]}, "item_id: expected strings, found int; expected {field: [token"),
     ],
 )
 def test_export_needs_tables_of_the_same_items(
@@ -286,6 +287,13 @@ def test_import_needs_consent_for_a_pickle_and_runs_nothing_of_it_even_so(
     assert not (tmp_path / "sprung").exists()
 
 
+class Forged:
+    """Unpickled by NumPy, an array of objects at addresses of one's choice."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.ndarray, ((1,), "O", b"\x01" * 8)
+
+
 class Saved:
     """As RecBole's dataset: an object that holds much, its token tables among it."""
 
@@ -294,7 +302,7 @@ class Saved:
 
 
 def test_token_tables_come_from_a_saved_dataset_without_running_what_it_names(tmp_path: Path) -> None:
-    tables = {"item_id": np.array(["[PAD]", "b", "a"]), "class": np.array(["[PAD]", "x"])}
+    tables = {np.str_("item_id"): np.array(["[PAD]", "b", "a"]), "class": np.array(["[PAD]", "x"], dtype=object)}
     saved = Saved(field2id_token=tables, trap=Trap(tmp_path / "sprung"), logger=os.getpid)
     (tmp_path / "d.pth").write_bytes(pickle.dumps(saved, protocol=4).replace(b"test_recbole", b"no_such_room"))
     with pytest.raises(ExportError, match=r"d\.pth: is a pickle of more .* pass --allow-pickle"):
@@ -302,11 +310,17 @@ def test_token_tables_come_from_a_saved_dataset_without_running_what_it_names(tm
     found = read_tokens(str(tmp_path / "d.pth"), "item_id", "class", Storage(), allow_pickle=True)
     assert found == {"item_id": ["[PAD]", "b", "a"], "class": ["[PAD]", "x"]}
     assert not (tmp_path / "sprung").exists()
+    tables["class"] = Forged()
+    (tmp_path / "forged.pth").write_bytes(pickle.dumps(Saved(field2id_token=tables)))
+    with pytest.raises(ExportError, match=r"forged\.pth: class: expected strings, found ndarray"):
+        read_tokens(str(tmp_path / "forged.pth"), "item_id", "class", Storage(), allow_pickle=True)
     (tmp_path / "e.pth").write_bytes(pickle.dumps([1]))
-    with pytest.raises(ExportError, match=r"e\.pth: has no field2id_token; expected a dataset that RecBole saved"):
+    with pytest.raises(
+        ExportError, match=r"e\.pth: expected a dataset that RecBole saved \(KeyError: 'field2id_token'\)"
+    ):
         read_tokens(str(tmp_path / "e.pth"), "item_id", "class", Storage(), allow_pickle=True)
     (tmp_path / "f.pth").write_bytes(b"cut off")
-    with pytest.raises(ExportError, match=r"f\.pth: cannot be read"):
+    with pytest.raises(ExportError, match=r"f\.pth: expected a dataset that RecBole saved \(UnpicklingError"):
         read_tokens(str(tmp_path / "f.pth"), "item_id", "class", Storage(), allow_pickle=True)
 
 
@@ -318,6 +332,7 @@ def test_token_tables_come_from_a_saved_dataset_without_running_what_it_names(tm
         (lambda tree: tree["config"].update(model="SASRec"), "", "holds a model 'SASRec'"),
         (lambda tree: tree["config"].update(hidden_act="relu"), "", "was trained with hidden_act relu; only gelu"),
         (lambda tree: tree["config"].update(n_heads=3), "", "model.heads=3 does not divide"),
+        (lambda tree: tree["config"].update(n_heads=torch.tensor(4)), "", "setting n_heads is no plain value"),
         (lambda tree: tree["config"].update(n_layers=2), "", r"has a tensor trm_encoder\.layer\.2"),
         (lambda tree: tree["state_dict"].pop("sp_norm.bias"), "", r"has no tensor sp_norm\.bias"),
         (
