@@ -18,15 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
-import re
-import types
-import warnings
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from s3rec_dist.config import Config
@@ -34,10 +28,11 @@ from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.output import file_output
 from s3rec_dist.data.sources import recbole_tokens
 from s3rec_dist.export import ExportError
+from s3rec_dist.interchange.pickles import load_object, load_tensors, state_of, texts
 from s3rec_dist.interchange.settings import DEFAULTS, SettingsError, convert, recbole_settings
 from s3rec_dist.interchange.tensors import cut, fuse, plain_state_dict
 from s3rec_dist.model.s3rec import S3Rec
-from s3rec_dist.storage import Storage, StorageError
+from s3rec_dist.storage import Storage
 from s3rec_dist.training.checkpoint import fit_weights
 
 PADDING = "[PAD]"
@@ -106,7 +101,9 @@ def import_recbole(
     Raises :class:`ExportError` for a file that is no such checkpoint, naming the tensor, and for items or attributes
     of ``dataset`` that it does not know.
     """
-    tree = _read_checkpoint(checkpoint, dataset.storage, allow_pickle)
+    tree = load_tensors(checkpoint, dataset.storage, allow_pickle=allow_pickle)
+    if not isinstance(tree, Mapping) or "state_dict" not in tree:
+        raise ExportError(f"{checkpoint}: has no 'state_dict'; {_EXPECTED}")
     settings = _plain_settings(tree.get("config"), checkpoint)
     if not settings:
         raise ExportError(f"{checkpoint}: has no 'config', which says the number of heads; {_EXPECTED}")
@@ -178,13 +175,24 @@ def read_tokens(source: str, item_field: str, field: str, storage: Storage, allo
         except ValueError as error:
             raise ExportError(f"{source}: not a JSON file ({error}); {_JSON}") from error
     elif source.endswith(".pth"):
-        tables = _saved_tables(source, storage, allow_pickle)
+        found = state_of(load_object(source, storage, allow_pickle=allow_pickle)).get(_TABLES)
+        if not isinstance(found, Mapping):
+            raise ExportError(f"{source}: has no {_TABLES}; expected a dataset that RecBole saved")
+        tables = {_name(key): tokens for key, tokens in found.items()}
     else:
         tables = recbole_tokens(source, item_field, field, storage)
     return _checked_tables(tables, item_field, field, source)
 
 
 _JSON = "expected {field: [token, ...]}, RecBole's dataset.field2id_token"
+
+
+def _name(key: Any) -> str:
+    """A field's name; some are scalars of NumPy."""
+    try:
+        return key if isinstance(key, str) else "".join(texts(key))
+    except (ValueError, TypeError, LookupError):
+        return str(key)
 
 
 def _checked_tables(tables: Any, item_field: str, field: str, source: str) -> Tokens:
@@ -195,7 +203,7 @@ def _checked_tables(tables: Any, item_field: str, field: str, source: str) -> To
         if name not in tables:
             raise ExportError(f"{source}: has no token table of {name!r}, but of {', '.join(map(str, tables))}")
         try:
-            tokens = _texts(tables[name])
+            tokens = texts(tables[name])
         except (ValueError, TypeError, LookupError) as error:
             raise ExportError(f"{source}: {name}: {error}; {_JSON}") from error
         if tokens[:1] != [PADDING] or len(set(tokens)) != len(tokens):
@@ -274,119 +282,9 @@ def _attribute_field(dataset: Dataset, wanted: str | None) -> str:
     return fields[0]
 
 
-def _read_checkpoint(path: str, storage: Storage, allow_pickle: bool) -> Mapping[str, Any]:
-    try:
-        with storage.at_hand(path) as local:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # torch's, about the pickle protocol that RecBole asks for
-                    tree = torch.load(local, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError as error:
-                if not allow_pickle:
-                    raise _needs_consent(path) from error
-                tree = torch.load(local, map_location="cpu", weights_only=False, pickle_module=_inert_pickle())
-    except (OSError, StorageError, ExportError):
-        raise
-    except Exception as error:  # torch raises whatever its zip reader and unpickler meet
-        raise ExportError(f"{path}: cannot be read ({error}); {_EXPECTED}") from error
-    if not isinstance(tree, Mapping) or "state_dict" not in tree:
-        raise ExportError(f"{path}: has no 'state_dict'; {_EXPECTED}")
-    return tree
-
-
-def _saved_tables(path: str, storage: Storage, allow_pickle: bool) -> Any:
-    """``field2id_token`` of a dataset that RecBole saved."""
-    if not allow_pickle:
-        raise _needs_consent(path)
-    try:
-        with storage.open(path) as file:
-            tables = _state_of(_InertUnpickler(file).load())[_TABLES]
-        return {name if isinstance(name, str) else "".join(_texts(name)): tokens for name, tokens in tables.items()}
-    except (OSError, StorageError):
-        raise
-    except Exception as error:  # pickle raises whatever it meets
-        raise ExportError(f"{path}: expected a dataset that RecBole saved ({type(error).__name__}: {error})") from error
-
-
-def _needs_consent(path: str) -> ExportError:
-    return ExportError(
-        f"{path}: is a pickle of more than tensors and plain values, as RecBole saves them, and was not read; pass "
-        "--allow-pickle to have it read: what it names stays unknown, and nothing of it is imported or run"
-    )
-
-
-class _Inert:
-    """Takes the place of every class and function that a pickle names: keeps what it is given, does nothing."""
-
-    arguments: tuple[Any, ...] = ()
-    state: Any = None
-
-    def __new__(cls, *arguments: Any, **options: Any) -> _Inert:
-        inert = object.__new__(cls)
-        inert.arguments = arguments
-        return inert
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def append(self, item: Any) -> None:
-        """For pickles of list-like objects."""
-
-    def extend(self, items: Iterable[Any]) -> None:
-        """For pickles of list-like objects."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """For pickles of dict-like objects."""
-
-
-class _InertUnpickler(pickle.Unpickler):
-    """Makes tensors and plain values; everything else that a pickle names is :class:`_Inert`, NumPy's too, of which a
-    forged array could point anywhere."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What makes dictionaries and tensors, or something inert of that name."""
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda *arguments: torch._utils._rebuild_tensor_v2(*arguments)  # one that a pickle may change
-        return type(name, (_Inert,), {})
-
-
-def _inert_pickle() -> types.ModuleType:
-    """What torch.load takes as ``pickle_module``."""
-    module = types.ModuleType("inert_pickle")
-    vars(module).update(Unpickler=_InertUnpickler, load=lambda file, **options: _InertUnpickler(file, **options).load())
-    return module
-
-
-def _texts(value: Any) -> list[str]:
-    """The strings of a list, or of an array or a scalar of NumPy that was unpickled inert. Raises ValueError, TypeError
-    or LookupError for anything else."""
-    kind, dtype, data = type(value).__name__, None, value
-    if isinstance(value, _Inert) and kind == "_reconstruct":
-        _, _, dtype, _, data = value.state
-    elif isinstance(value, _Inert) and kind == "scalar":
-        dtype, data = value.arguments
-    if isinstance(data, bytes) and isinstance(dtype, _Inert):
-        form = f"{dtype.state[1]}{dtype.arguments[0]}"
-        if re.fullmatch(r"[<>]U[1-9]\d*", form):
-            return np.frombuffer(data, form).tolist()
-    if not isinstance(data, (list, tuple)) or not all(isinstance(text, (str, int)) for text in data):
-        raise ValueError(f"expected strings, found {kind}")
-    return [str(text) for text in data]
-
-
-def _state_of(value: Any) -> Mapping[str, Any]:
-    state = value.state if isinstance(value, _Inert) else value
-    return state if isinstance(state, Mapping) else {}
-
-
 def _plain_settings(config: Any, checkpoint: str) -> dict[str, Any]:
     """The settings of RecBole's pickled Config, or of a plain dictionary, without what is inert."""
-    state = _state_of(config)
+    state = state_of(config)
     found = state.get("final_config_dict", state)
     if not isinstance(found, Mapping):
         return {}

@@ -315,12 +315,10 @@ def test_token_tables_come_from_a_saved_dataset_without_running_what_it_names(tm
     with pytest.raises(ExportError, match=r"forged\.pth: class: expected strings, found ndarray"):
         read_tokens(str(tmp_path / "forged.pth"), "item_id", "class", Storage(), allow_pickle=True)
     (tmp_path / "e.pth").write_bytes(pickle.dumps([1]))
-    with pytest.raises(
-        ExportError, match=r"e\.pth: expected a dataset that RecBole saved \(KeyError: 'field2id_token'\)"
-    ):
+    with pytest.raises(ExportError, match=r"e\.pth: has no field2id_token; expected a dataset that RecBole saved"):
         read_tokens(str(tmp_path / "e.pth"), "item_id", "class", Storage(), allow_pickle=True)
     (tmp_path / "f.pth").write_bytes(b"cut off")
-    with pytest.raises(ExportError, match=r"f\.pth: expected a dataset that RecBole saved \(UnpicklingError"):
+    with pytest.raises(ExportError, match=r"f\.pth: cannot be read as a pickle"):
         read_tokens(str(tmp_path / "f.pth"), "item_id", "class", Storage(), allow_pickle=True)
 
 
