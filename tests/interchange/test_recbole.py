@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from toy_models import assert_same_weights, six_items, small_model, write_run
 
 from s3rec_dist import __main__ as cli
@@ -23,6 +24,7 @@ from s3rec_dist.data.prepare import PrepareSettings, prepare
 from s3rec_dist.data.sources import SourceError, recbole_tokens
 from s3rec_dist.export import ExportError, load_export
 from s3rec_dist.interchange.recbole import import_recbole, read_tokens, recbole_names
+from s3rec_dist.interchange.settings import DEFAULTS, convert
 from s3rec_dist.model import S3Rec
 from s3rec_dist.storage import Storage
 
@@ -38,9 +40,9 @@ PATHS = f"""import sys; sys.modules["pyarrow"] = None
 
 
 @pytest.fixture(scope="session")
-def recbole(tmp_path_factory: pytest.TempPathFactory) -> RecBole:
-    """Runs recbole_worker.py in an environment of its own, which is made once beside this one's packages: RecBole
-    pins NumPy 1, but takes this environment's torch and pandas."""
+def environment() -> Path:
+    """Site-packages with RecBole, of an environment of its own, which is made once inside this one: RecBole needs
+    NumPy 1, but takes this environment's torch and pandas."""
     folder = Path(sys.prefix) / "recbole-1.2.1"
     python, marker = folder / "bin" / "python", folder / "installed"
     if not marker.exists() or marker.read_text() != "\n".join((*PACKAGES, *ALONE, PATHS)):
@@ -59,13 +61,21 @@ def recbole(tmp_path_factory: pytest.TempPathFactory) -> RecBole:
         (site / "zz_borrowed.pth").write_text(PATHS)
         marker.write_text("\n".join((*PACKAGES, *ALONE, PATHS)))
 
+    (site,) = folder.glob("lib/python*/site-packages")
+    return site
+
+
+@pytest.fixture(scope="session")
+def recbole(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> RecBole:
+    """Runs recbole_worker.py there."""
+    python = environment.parents[2] / "bin" / "python"
     here = tmp_path_factory.mktemp("recbole")  # where it leaves its logs
 
     def run(*arguments: object) -> None:
         worker = str(Path(__file__).with_name("recbole_worker.py"))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONWARNINGS": "ignore"}
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONWARNINGS": "ignore"}
         command = [str(python), worker, *map(str, arguments)]
-        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=here, env=variables, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
 
     return run
@@ -183,6 +193,19 @@ def test_what_was_trained_here_scores_in_recbole_as_here(recbole: RecBole, ml100
     (tmp_path / "data/ml-100k").symlink_to(ml100k)
     recbole("score", output, "ml-100k", tmp_path / "data", tmp_path / "h.json", tmp_path / "scores.npz")
     assert_scores_alike(model, dataset, histories, tmp_path / "scores.npz")
+
+
+@pytest.mark.slow
+def test_settings_that_a_file_leaves_out_have_recboles_own_defaults(environment: Path) -> None:
+    own: dict[str, Any] = {}
+    for name in ("overall", "dataset/sample", "model/S3Rec"):
+        own |= yaml.safe_load((environment / f"recbole/properties/{name}.yaml").read_text())
+    for key in DEFAULTS.keys() - {"dataset", "eval_args", "layer_norm_eps", "data_path"}:
+        assert own[key] == DEFAULTS[key], key
+    assert own["eval_args"]["mode"] == DEFAULTS["eval_args"]["mode"] and float(own["layer_norm_eps"]) == 1e-12
+    assert own["data_path"] == DEFAULTS["data_path"]
+    of_files, of_nothing = convert(own), convert({})
+    assert of_files.settings == {**of_nothing.settings, "output": "saved", "tracking.project": "recbole"}
 
 
 # Without the library

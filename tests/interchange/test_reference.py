@@ -175,6 +175,12 @@ def test_an_exported_checkpoint_holds_the_references_tensors_and_comes_back_bit_
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x.pt"]
 
 
+def test_a_checkpoint_goes_to_a_url_and_comes_from_there(dataset: Dataset, tmp_path: Path) -> None:
+    assert export_reference(dataset, tmp_path, "--output", "memory://models/x.pt") == 0
+    assert_same_weights(import_reference("memory://models/x.pt", 4, dataset), small_model(dataset))
+    assert export_reference(dataset, tmp_path / "again", "--output", "memory://models/x.pt") == 2  # is there already
+
+
 def test_an_existing_file_is_replaced_only_when_asked(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
