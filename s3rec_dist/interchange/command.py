@@ -1,8 +1,10 @@
 """``s3rec export`` and ``s3rec import``: the formats they know, and their arguments.
 
-s3rec export runs/beauty/finetune --dataset data/beauty --output models/beauty
-s3rec export runs/beauty/finetune --dataset data/beauty --format reference --output beauty.pt
-s3rec import --format reference --checkpoint Beauty-epochs-150.pt --dataset data/beauty --output models/beauty-150
+    s3rec export runs/beauty/finetune --dataset data/beauty --output models/beauty
+    s3rec export runs/beauty/finetune --dataset data/beauty --format reference --output beauty.pt
+    s3rec import --format reference --checkpoint Beauty-epochs-150.pt --dataset data/beauty --output models/beauty-150
+
+What a format carries over, and what not, stands in its own module.
 """
 
 from __future__ import annotations

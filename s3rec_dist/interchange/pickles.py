@@ -1,9 +1,10 @@
-"""Files that are pickles, read without running anything: tensors and plain values, and objects without effect for all
-else that a pickle names.
+"""Files that are pickles, read without running anything.
 
     tree = load_tensors("S3Rec-ml-100k-50.pth", Storage(), allow_pickle=True)
     dataset = load_object("ml-100k-SequentialDataset.pth", Storage(), allow_pickle=True)
-    state_of(dataset)["field2id_token"]
+    tables = state_of(dataset)["field2id_token"]
+
+Tensors and plain values are made; whatever else a pickle names becomes an object without effect, :class:`Inert`.
 """
 
 from __future__ import annotations
@@ -131,5 +132,6 @@ def texts(value: Any) -> list[str]:
 
 
 def state_of(value: Any) -> Mapping[str, Any]:
+    """The attributes of an object that was unpickled inert, or a mapping itself; empty where there are none."""
     state = value.state if isinstance(value, Inert) else value
     return state if isinstance(state, Mapping) else {}
