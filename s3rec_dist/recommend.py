@@ -93,6 +93,43 @@ def top_k(
     return _decode(best)
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """The items that somebody has taken: ids kept from a source with gaps name no item."""
+
+    ids: np.ndarray
+    """Item ids, int64 [C], ascending."""
+    vectors: torch.Tensor
+    """fp32 [C, E]."""
+    place: np.ndarray
+    """By item id, int64 [N + 1]: its place in ``ids``, from 1, or 0."""
+
+    @classmethod
+    def of(cls, model: S3Rec, catalogue: Dataset, device: torch.device | str) -> Candidates:
+        """Those of a catalogue. Raises EvaluationError where the model does not fit or has diverged."""
+        taken = catalogue.items_table().column("count").to_numpy() > 0
+        vectors = item_vectors(model, catalogue.n_items, catalogue.path).to(device)
+        rows = np.flatnonzero(taken)
+        place = np.concatenate([[0], np.where(taken, np.cumsum(taken), 0)])
+        return cls(rows + 1, vectors[torch.from_numpy(rows).to(device)], place)
+
+    def best(
+        self,
+        users: torch.Tensor,
+        k: int,
+        left_out: tuple[np.ndarray, np.ndarray] | None = None,
+        item_chunk: int = ITEM_CHUNK,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Item ids int64 and scores fp32 of the best for ``users`` [B, E], as :func:`top_k` has them, without the
+        ``left_out`` (user's place, item id) pairs [P]."""
+        rows, items = (np.empty(0, np.int64),) * 2 if left_out is None else left_out
+        places = self.place[items]
+        known = places > 0
+        excluded = [torch.from_numpy(part[known]).to(users.device) for part in (rows, places)]
+        best, scores = top_k(users, self.vectors, k, (excluded[0], excluded[1]), item_chunk)
+        return self.ids[best.cpu().numpy() - 1], scores.cpu().numpy()
+
+
 def _best_of_chunk(scores: torch.Tensor, first_item: int, k: int) -> torch.Tensor:
     """Keys int64 [B, >= min(k, C)] of the best items of [B, C] scores."""
     values, columns = scores.topk(min(k + 1, scores.shape[1]))
@@ -226,18 +263,12 @@ def recommend(
     where the file cannot be written, EvaluationError where the model does not fit or its scores are not finite.
     """
     raw = catalogue.items_table().column("raw").combine_chunks()
-    taken = catalogue.items_table().column("count").to_numpy() > 0
-    candidates = torch.from_numpy(np.flatnonzero(taken)).to(device)  # ids kept from a source with gaps name no item
-    place = np.where(taken, np.cumsum(taken), 0)  # of item id i + 1 among the candidates, from 1
     with torch.no_grad(), _whole_table(output, catalogue.storage) as write:
-        items = item_vectors(model, catalogue.n_items, catalogue.path)[candidates]
+        candidates = Candidates.of(model, catalogue, device)
         for batch in _batches(histories, batch_users):
-            users = user_vectors(model, batch, device)
-            rows, seen = (np.empty(0, np.int64),) * 2 if include_seen else batch.seen()
-            seen = place[seen - 1]
-            excluded = (torch.from_numpy(rows[seen > 0]).to(device), torch.from_numpy(seen[seen > 0]).to(device))
-            best, scores = top_k(users, items, k, excluded, item_chunk)
-            table = _rows(batch.users, candidates[best - 1].cpu().numpy(), scores.cpu().numpy(), raw)
+            seen = None if include_seen else batch.seen()
+            items, scores = candidates.best(user_vectors(model, batch, device), k, seen, item_chunk)
+            table = _rows(batch.users, items, scores, raw)
             write(table)
             counts.users += len(batch.users)
             counts.rows += table.num_rows
@@ -250,13 +281,13 @@ def _batches(histories: Iterable[Histories], size: int) -> Iterator[Histories]:
             yield Histories(part.users[rows], part.values, part.starts[rows], part.ends[rows])
 
 
-def _rows(users: pa.Array, places: np.ndarray, scores: np.ndarray, raw: pa.Array) -> pa.Table:
-    """A table of SCHEMA from places [B, K] in the catalogue and scores [B, K]; minus infinity is no row."""
+def _rows(users: pa.Array, items: np.ndarray, scores: np.ndarray, raw: pa.Array) -> pa.Table:
+    """A table of SCHEMA from item ids [B, K] and scores [B, K]; minus infinity is no row."""
     row, column = np.nonzero(scores > -np.inf)
     columns = [
         users.take(pa.array(row)),
         pa.array(column + 1, pa.int32()),
-        raw.take(pa.array(places[row, column])),
+        raw.take(pa.array(items[row, column] - 1)),
         pa.array(scores[row, column], pa.float32()),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)

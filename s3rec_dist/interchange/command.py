@@ -20,6 +20,7 @@ from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.export import ExportError, export, load_model, write_model
 from s3rec_dist.interchange import recbole, reference
 from s3rec_dist.model.s3rec import S3Rec
+from s3rec_dist.serving import onnx, program
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
 
 FOLDER = "folder"
@@ -52,6 +53,12 @@ EXPORT_FORMATS = {
         write=recbole.write_recbole,
         add_arguments=recbole.add_export_arguments,
     ),
+    "onnx": ExportFormat(
+        summary="an .onnx file of the encoder, or of the best items",
+        write=onnx.write_onnx,
+        add_arguments=onnx.add_arguments,
+    ),
+    "torch": ExportFormat(summary="a .pt2 file for torch.export.load", write=program.write_program),
 }
 """By name, besides the model folder."""
 
