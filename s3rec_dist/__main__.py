@@ -190,7 +190,9 @@ COMMANDS = {
             s3rec export runs/beauty/finetune --dataset data/beauty --output models/beauty
             s3rec export runs/beauty/pretrain --dataset data/beauty --format reference --output beauty.pt
             s3rec export runs/ml-100k/finetune --dataset data/ml-100k --format recbole --tokens dataset/ml-100k \\
-                --output S3Rec-ml-100k.pth""",
+                --output S3Rec-ml-100k.pth
+            s3rec export runs/beauty/finetune --dataset data/beauty --format onnx --top-k 20 --output beauty.onnx
+            s3rec export runs/beauty/finetune --dataset data/beauty --format vectors --output beauty-vectors""",
         build=_defined_in("s3rec_dist.interchange.command", "add_export_arguments", "run_export"),
     ),
     "import": Command(

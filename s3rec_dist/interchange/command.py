@@ -20,7 +20,7 @@ from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.export import ExportError, export, load_model, write_model
 from s3rec_dist.interchange import recbole, reference
 from s3rec_dist.model.s3rec import S3Rec
-from s3rec_dist.serving import onnx, program
+from s3rec_dist.serving import onnx, program, vectors
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
 
 FOLDER = "folder"
@@ -59,6 +59,11 @@ EXPORT_FORMATS = {
         add_arguments=onnx.add_arguments,
     ),
     "torch": ExportFormat(summary="a .pt2 file for torch.export.load", write=program.write_program),
+    "vectors": ExportFormat(
+        summary="a folder of item vectors: Parquet, .npy, a FAISS index",
+        write=vectors.write_vectors,
+        add_arguments=vectors.add_arguments,
+    ),
 }
 """By name, besides the model folder."""
 

@@ -116,6 +116,8 @@ def padded_model(model: S3Rec, dataset: Dataset, k: int) -> PaddedModel:
     """What is exported: the encoder, or with ``k`` the recommender. Raises :class:`ExportError`."""
     if not k:
         return PaddedEncoder(model).eval()
+    if k < 0:
+        raise ExportError(f"--top-k {k}: expected 0 or more")
     if k > dataset.n_items:
         raise ExportError(f"--top-k {k}: {dataset.path} has {dataset.n_items} items; ask for fewer")
     if dataset.n_items > MOST_RANKED:
@@ -136,19 +138,17 @@ def example() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def real_histories(dataset: Dataset, count: int = CHECKED_USERS) -> Histories:
-    """The first users' histories, cut to lengths that go round, from 1 upwards."""
+    """The first users' histories: every other one whole, the rest cut to lengths that go round, from 1 upwards."""
     users: list[str] = []
     parts: list[np.ndarray] = []
     for part in dataset_histories(dataset):
-        for i in range(len(part.users)):
+        for i, user in enumerate(part.users[: count - len(users)].to_pylist()):
             own = part.values[part.starts[i] : part.ends[i]]
-            if len(users) < count // 2:  # half of them whole, half cut
-                parts.append(own)
-            elif len(users) < count:
-                parts.append(own[: 1 + len(users) % len(own)])
-            else:
-                break
-            users.append(part.users[i].as_py())
+            place = len(users) // 2
+            parts.append(own if len(users) % 2 else own[: 1 + place % len(own)])
+            users.append(user)
+        if len(users) == count:
+            break
     ends = np.cumsum([len(part) for part in parts])
     return Histories(pa.array(users), np.concatenate(parts), ends - [len(part) for part in parts], ends)
 
