@@ -17,19 +17,20 @@ ones count from the newest, and come in so.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from s3rec_dist.config import Config
+from s3rec_dist.config import Config, flat
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.output import file_output
 from s3rec_dist.data.sources import recbole_tokens
 from s3rec_dist.export import ExportError
 from s3rec_dist.interchange.pickles import load_object, load_tensors, state_of, texts
-from s3rec_dist.interchange.settings import DEFAULTS, SettingsError, convert, recbole_settings
+from s3rec_dist.interchange.settings import DEFAULTS, MODEL, SettingsError, convert
 from s3rec_dist.interchange.tensors import cut, fuse, plain_state_dict
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import Storage
@@ -78,7 +79,7 @@ def write_recbole(model: S3Rec, dataset: Dataset, args: argparse.Namespace) -> N
     weights["item_embedding.weight"] = weights["item_embedding.weight"][[0, *items, model.mask_id]]
     weights["attribute_embedding.weight"] = weights["attribute_embedding.weight"][attributes]
     tree = {
-        "config": {**recbole_settings(model), "ITEM_ID_FIELD": args.item_field, "item_attribute": field},
+        "config": {**_settings_of(model), "ITEM_ID_FIELD": args.item_field, "item_attribute": field},
         "epoch": 0,
         "cur_step": 0,
         "best_valid_score": 0.0,
@@ -163,6 +164,14 @@ def recbole_names(layers: int) -> dict[str, tuple[str, ...]]:
         for own, parts in modules.items()
         for kind in ("weight", "bias")
     }
+
+
+def _settings_of(model: S3Rec) -> dict[str, Any]:
+    """What RecBole's S3Rec is built from, to go on with a model of ours."""
+    own = flat({"model": dataclasses.asdict(model.config), "pretrain": dataclasses.asdict(model.pretrain_config)})
+    loss = "CE" if model.finetune_config.loss == "ce" else "BPR"
+    same = {key: own[name] for key, name in MODEL.items()}
+    return {"model": "S3Rec", **same, "hidden_act": "gelu", "loss_type": loss, "train_stage": "finetune"}
 
 
 def read_tokens(source: str, item_field: str, field: str, storage: Storage, allow_pickle: bool) -> Tokens:

@@ -9,7 +9,6 @@ here instead; nothing is dropped in silence.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import re
 import shlex
@@ -20,8 +19,7 @@ from typing import Any
 
 import yaml
 
-from s3rec_dist.config import Config, flat, from_dict
-from s3rec_dist.model.s3rec import S3Rec
+from s3rec_dist.config import Config, from_dict
 from s3rec_dist.storage import Storage, StorageError, add_storage_argument, storage_of
 
 DEFAULTS: dict[str, Any] = {
@@ -93,9 +91,9 @@ _SAME: dict[str, tuple[str, ...]] = {
 }
 """Settings that mean the same here under another name."""
 
-_MODEL = [key for key, names in _SAME.items() if names[0].startswith("model.")]
-_MODEL += ["mask_ratio", "aap_weight", "mip_weight", "map_weight", "sp_weight"]
-"""Those that RecBole's S3Rec reads."""
+_TASKS = ("mask_ratio", "aap_weight", "mip_weight", "map_weight", "sp_weight")
+MODEL = {key: names[0] for key, names in _SAME.items() if names[0].startswith("model.") or key in _TASKS}
+"""Settings that RecBole's S3Rec is built from, and ours that mean the same."""
 
 _ALWAYS = {
     "model.position_alignment": "start",
@@ -248,14 +246,6 @@ def convert(given: Mapping[str, Any]) -> Converted:
         found.notes.append(f"{key}: {_shown(value)}: {told}")
     found.notes.extend(_DIFFERENCES)
     return found
-
-
-def recbole_settings(model: S3Rec) -> dict[str, Any]:
-    """What RecBole's S3Rec is built from, for a fine-tuned model of ours."""
-    own = flat({"model": dataclasses.asdict(model.config), "pretrain": dataclasses.asdict(model.pretrain_config)})
-    same = {key: own[names[0]] for key, names in _SAME.items() if key in _MODEL}
-    loss = "CE" if model.finetune_config.loss == "ce" else "BPR"
-    return {"model": "S3Rec", **same, "hidden_act": "gelu", "loss_type": loss, "train_stage": "finetune"}
 
 
 def _number(value: Any) -> Any:
