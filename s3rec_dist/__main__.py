@@ -169,6 +169,28 @@ COMMANDS = {
             deepspeed --num_gpus 8 --module s3rec_dist evaluate --model models/beauty --dataset data/beauty""",
         build=_defined_in("s3rec_dist.evaluation"),
     ),
+    "compare": Command(
+        summary="train and rank S3-Rec beside its rivals: does pretraining pay?",
+        description="""
+            Trains SASRec (the encoder from scratch) and S3-Rec (pretrained first) and ranks both beside popularity and
+            item-item neighbours, with the same candidates for all; prints a table with confidence intervals over
+            users, and says whether pretraining pays. Goes on where it was stopped.""",
+        example="""
+            s3rec compare --data data/mine --output runs/compare
+            s3rec compare --data data/beauty --output runs/compare --config configs/beauty.yaml pretrain.epochs=50""",
+        build=_defined_in("s3rec_dist.reports.compare"),
+    ),
+    "report": Command(
+        summary="show runs on one page: losses, metrics, speed, what went wrong",
+        description="""
+            Writes one self-contained HTML page of runs beside each other, finished or not: losses of each task,
+            validation metrics, throughput and what a step's time goes to, faults, data, and the settings that
+            differ.""",
+        example="""
+            s3rec report runs/beauty
+            s3rec report runs/beauty runs/beauty-scratch --results metrics.json --output beauty.html""",
+        build=_defined_in("s3rec_dist.reports.command"),
+    ),
     "recommend": Command(
         summary="write each user's best items to Parquet",
         description="""

@@ -40,7 +40,7 @@ from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.hashing import hash64, key_of, uniform_below
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
-from s3rec_dist.training.engine import start, together
+from s3rec_dist.training.engine import gather, start, together
 
 Split = Literal["validation", "test"]
 
@@ -111,24 +111,31 @@ class HeldOut:
 Ranker = Callable[[HeldOut, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(batch, user vectors [B, E], item vectors [N, E], target ids [B]) -> ranks [B] from 0, int64."""
 
+Scorer = Callable[[Histories], tuple[torch.Tensor, torch.Tensor]]
+"""Histories -> user vectors [B, E] and item vectors [N, E], whose products are the scores; row i is item i + 1."""
+
+
+def model_scorer(model: S3Rec, dataset: Dataset, device: torch.device | str) -> Scorer:
+    """The scores of a model. Raises :class:`EvaluationError` where it does not fit or has diverged."""
+    items = item_vectors(model, dataset.n_items, dataset.path)
+    return lambda histories: (user_vectors(model, histories, device), items)
+
 
 def evaluate(
     model: S3Rec, dataset: Dataset, config: EvaluationConfig, split: Split, device: torch.device | str
 ) -> EvaluationResult:
     """Ranks every user's held-out item. With torch.distributed initialised, all ranks must call it: each takes its
     part of the users, and gets the whole result. Raises :class:`EvaluationError` on every rank where one fails."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
     cutoffs = tuple(dict.fromkeys(config.cutoffs))
     sums = torch.zeros(2 * len(cutoffs) + 1, dtype=torch.float64, device=device)
     ranked = 0
     with together(), torch.no_grad():
-        items = item_vectors(model, dataset.n_items, dataset.path)
+        scorer = model_scorer(model, dataset, device)
         rank_of, protocol = _ranker(dataset, config, split)
-        for batch in held_out(dataset, split, config.batch_users, rank, world_size):
-            users = user_vectors(model, batch.histories, device)
-            targets = torch.from_numpy(batch.targets).to(device)
-            sums += metric_sums(rank_of(batch, users, items, targets), cutoffs)
-            ranked += len(targets)
+        for _, ranks in _ranked(scorer, rank_of, dataset, config, split):
+            sums += metric_sums(ranks, cutoffs)
+            ranked += len(ranks)
     sums = torch.cat((sums, sums.new_tensor([ranked])))
     if world_size > 1:
         dist.all_reduce(sums)
@@ -136,6 +143,30 @@ def evaluate(
     if not ranked:
         raise EvaluationError(f"{dataset.path}: all its users lie in damaged shards; restore them")
     return EvaluationResult(_metrics(sums[:-1], cutoffs, ranked), ranked, protocol)
+
+
+def user_ranks(scorer: Scorer, dataset: Dataset, config: EvaluationConfig, split: Split) -> tuple[np.ndarray, str]:
+    """The rank of each user's held-out item from 0, int64 [U] in the order of the dataset's rows, and the protocol in
+    words; over several processes as :func:`evaluate`."""
+    with together(), torch.no_grad():
+        rank_of, protocol = _ranker(dataset, config, split)
+        parts = [(rows, ranks.cpu().numpy()) for rows, ranks in _ranked(scorer, rank_of, dataset, config, split)]
+    every = [part for own in gather(parts) for part in own]
+    if not every:
+        raise EvaluationError(f"{dataset.path}: all its users lie in damaged shards; restore them")
+    rows, ranks = (np.concatenate(column) for column in zip(*every, strict=True))
+    return ranks[np.argsort(rows)], protocol
+
+
+def _ranked(
+    scorer: Scorer, rank_of: Ranker, dataset: Dataset, config: EvaluationConfig, split: Split
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """(rows [B], ranks [B]) of this process's share of the users."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for batch in held_out(dataset, split, config.batch_users, rank, world_size):
+        users, items = scorer(batch.histories)
+        targets = torch.from_numpy(batch.targets).to(users.device)
+        yield batch.rows, rank_of(batch, users, items, targets)
 
 
 def metric_sums(ranks: torch.Tensor, cutoffs: Sequence[int]) -> torch.Tensor:

@@ -9,15 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from shop import write_shop
 
 from s3rec_dist.__main__ import main
 from s3rec_dist.data.order import OrderError, check_world
-
-ITEMS = 120
 
 
 def section_of(repository: Path, heading: str) -> str:
@@ -27,21 +24,6 @@ def section_of(repository: Path, heading: str) -> str:
 def commands_below(repository: Path, heading: str) -> str:
     """The first shell block of a section."""
     return section_of(repository, heading).split("```sh\n")[1].split("```")[0]
-
-
-def write_shop(folder: Path) -> None:
-    """Events and items with the columns that README names: 60 users, 120 items, 10 to 20 events each."""
-    draw = np.random.default_rng(0)
-    user = np.repeat(np.arange(60), draw.integers(10, 20, 60))
-    item = [f"sku-{number}" for number in draw.integers(0, ITEMS, len(user))]
-    (folder / "events").mkdir()
-    events = {"user": [f"u{number}" for number in user], "item": item, "ts": np.arange(len(user))}
-    for part, rows in enumerate(np.array_split(np.arange(len(user)), 2)):
-        pq.write_table(pa.table(events).take(pa.array(rows)), folder / f"events/{part}.parquet")
-    numbers = range(ITEMS)
-    items = {"item": [f"sku-{i}" for i in numbers]}
-    items |= {"brand": [f"brand {i % 7}" for i in numbers], "category": [f"category {i % 3}" for i in numbers]}
-    pq.write_table(pa.table(items), folder / "items.parquet")
 
 
 @pytest.mark.slow

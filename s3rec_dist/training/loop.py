@@ -414,7 +414,7 @@ class _Training:
         if self.best is not None:
             self.tracker.event("best", **{k: self.best[k] for k in ("metric", "value", "epoch")})
         epochs = round(self.step / self.steps_per_epoch, 2)
-        self.tracker.event("done", epochs=epochs, time=clock(time.monotonic() - began), folder=str(self.folder))
+        self.tracker.event("done", epochs=epochs, took=clock(time.monotonic() - began), folder=str(self.folder))
 
     def train(self) -> None:
         """What is left of the run."""

@@ -356,12 +356,19 @@ def times_started(path: Path) -> int:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl, oldest first; of a step that was logged twice with the same names, the later."""
+    """:func:`parse_metrics` of a local file."""
+    return parse_metrics(Path(path).read_text(encoding="utf-8"))
+
+
+def parse_metrics(text: str) -> list[dict[str, Any]]:
+    """The entries of a metrics.jsonl, oldest first; of a step that was logged twice with the same names, the later. A
+    last line that is being written does not count."""
     entries: dict[Any, dict[str, Any]] = {}
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file):
-            entry = json.loads(line)
-            key = number if "event" in entry else (entry["step"], *sorted(entry))
-            entries.pop(key, None)
-            entries[key] = entry
+    for number, line in enumerate(text.splitlines(keepends=True)):
+        if not line.endswith("\n"):
+            break
+        entry = json.loads(line)
+        key = number if "event" in entry else (entry["step"], *sorted(entry))
+        entries.pop(key, None)
+        entries[key] = entry
     return list(entries.values())
