@@ -202,6 +202,17 @@ COMMANDS = {
             s3rec recommend models/beauty --histories histories.parquet --output recommendations.parquet""",
         build=_defined_in("s3rec_dist.recommend"),
     ),
+    "serve": Command(
+        summary="answer requests over HTTP, with a page to try it on",
+        description="""
+            Serves a model folder: POST /recommend takes a history and gives the best items, /items finds items by name,
+            /health and /metrics are for operators, and / is a page that shows recommendations and what they have in
+            common with the history.""",
+        example="""
+            s3rec serve models/beauty --port 8080
+            s3rec serve models/ml-100k --names ml-100k.item --item-column item_id --name-column movie_title""",
+        build=_defined_in("s3rec_dist.serving.server"),
+    ),
     "export": Command(
         summary="turn a checkpoint into a model folder to keep or share, or a file for another program",
         description="""

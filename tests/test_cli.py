@@ -29,6 +29,7 @@ MODULES = {
     "recommend": "s3rec_dist.recommend",
     "export": "s3rec_dist.interchange.command",
     "import": "s3rec_dist.interchange.command",
+    "serve": "s3rec_dist.serving.server",
     "compare": "s3rec_dist.reports.compare",
     "report": "s3rec_dist.reports.command",
     "push": "s3rec_dist.interchange.hub",
@@ -74,7 +75,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert list(cli.COMMANDS) == [
         "prepare", "inspect", "convert", "pretrain", "finetune", "doctor", "evaluate", "compare", "report", "recommend",
-        "export", "import", "push", "config", "bench", "synth", "completion",
+        "serve", "export", "import", "push", "config", "bench", "synth", "completion",
     ]  # fmt: skip
 
 

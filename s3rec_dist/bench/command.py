@@ -9,6 +9,7 @@
     s3rec bench step --batch-sizes 256 16384          # the step as a whole: time, tokens/s, kernels, idle share
     s3rec bench scaling                               # 1, 2, 4 ranks measured here; 8 to 1,024 GPUs modelled
     s3rec bench prepare --events 5000000 50000000     # seconds, events/s and memory, by size of a synthetic log
+    s3rec bench serve --dataset data/beauty           # the HTTP service under load, beside the bare model
     s3rec bench checkpoint --dataset data/beauty      # what a save costs training, waited for and in the background
     s3rec bench faults                                # a run that is killed 100 times, and 300 damaged checkpoints
 
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=int,
         metavar="N",
-        help="batches in a repetition (default: 100; 2000 for stream)",
+        help="batches, or requests, in a repetition (default: 100; 2000 for stream and serve)",
     )
     parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="repetitions (default: 5)")
     parser.add_argument(
@@ -116,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures, and prints a table and a JSON line."""
-    args.steps = (2000 if args.name == "stream" else 100) if args.steps is None else args.steps
+    args.steps = (2000 if args.name in ("stream", "serve") else 100) if args.steps is None else args.steps
     if min(args.ranks) < 1:
         raise BenchError(f"--ranks {min(args.ranks)}: expected 1 or more processes")
     if min(args.steps, args.repetitions) < 1:
@@ -386,6 +387,14 @@ def _shown(value: float) -> str:
 
 WITHOUT_DATASET = ("resume", "prepare", "kernels", "step", "faults", "scaling")
 
+
+def _serve(config: Config, dataset: Dataset, world: World, args: argparse.Namespace) -> Figures:
+    """The HTTP service under load, beside the bare model."""
+    from s3rec_dist.bench.serve import bench_serve
+
+    return bench_serve(config, dataset, requests=args.steps, repetitions=args.repetitions)
+
+
 BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "reconstruct": _reconstruct,
     "pretrain": _train("pretrain"),
@@ -399,6 +408,7 @@ BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "checkpoint": _checkpoint,
     "faults": _faults,
     "scaling": _scaling,
+    "serve": _serve,
 }
 
 

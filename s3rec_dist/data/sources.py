@@ -252,6 +252,33 @@ def recbole_tokens(path: str, item: str, attribute: str, storage: Storage) -> di
     }
 
 
+def read_names(path: str, item: str, name: str, storage: Storage) -> dict[str, str]:
+    """What the items are called, by raw id: columns ``item`` and ``name`` of a Parquet, CSV, TSV or JSONL file, or of
+    RecBole's NAME.item. Raises :class:`SourceError`."""
+
+    def bad(position: int, reason: str) -> None:
+        raise SourceError(f"{path}:{position}: {reason}")
+
+    if path.endswith(".item"):
+        kinds = _recbole_header(storage, _existing(storage, path))
+        for ours, theirs in (("item", item), ("name", name)):
+            if theirs not in kinds:
+                raise _no_column(path, ours, theirs, kinds)
+        names = {"item": f"{item}:{kinds[item]}", "name": f"{name}:{kinds[name]}"}
+        batches = _delimited(storage, path, "\t", False, names, 0, bad)
+    elif _table_kind(path):
+        batches = _table_batches(storage, _existing(storage, path), {"item": item, "name": name}, 0, bad)
+    else:
+        raise SourceError(
+            f"{path}: unknown kind of table; expected a name that ends in {', '.join(TABLE_KINDS)}, .item"
+        )
+    found: dict[str, str] = {}
+    for batch in batches:
+        columns = [batch.column(column).cast(pa.string()).to_pylist() for column in ("item", "name")]
+        found.update((raw, title) for raw, title in zip(*columns, strict=True) if title)
+    return found
+
+
 class Table:
     """Parquet, CSV or JSONL files with a row per interaction, columns named by the caller."""
 

@@ -45,6 +45,20 @@ class PaddedEncoder(nn.Module):
 
     def forward(self, items: torch.Tensor, lengths: torch.Tensor) -> Outputs:
         """See the class."""
+        newest, x, mask = self._before_last_block(items, lengths)
+        return (_block(self.blocks[-1], newest, x, mask)[:, 0],)
+
+    def attention(self, items: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """What the last block's attention at the newest item puts on each item of the history, [B, H, L]; sums to 1."""
+        newest, x, mask = self._before_last_block(items, lengths)
+        q, k, _ = _projections(self.blocks[-1], newest, x)
+        scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5 + mask[:, None]
+        return scores.softmax(3)[:, :, 0]
+
+    def _before_last_block(
+        self, items: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states of the newest item [B, 1, E] and of all [B, L, E], and what the newest may see [B, 1, L]."""
         most = self.config.max_length
         place = torch.arange(items.shape[1], device=items.device)
         first = (lengths - most).clamp(min=0)[:, None]  # of the items that count
@@ -59,27 +73,28 @@ class PaddedEncoder(nn.Module):
         for block in self.blocks[:-1]:
             x = _block(block, x, x, mask)
         last = (lengths - 1)[:, None, None]
-        newest = x.gather(1, last.expand(-1, 1, x.shape[2]))  # [B, 1, E]
-        mask = mask.gather(1, last.expand(-1, 1, mask.shape[2]))
-        return (_block(self.blocks[-1], newest, x, mask)[:, 0],)
+        newest = x.gather(1, last.expand(-1, 1, x.shape[2]))
+        return newest, x, mask.gather(1, last.expand(-1, 1, mask.shape[2]))
 
 
 def _block(block: nn.Module, queries: torch.Tensor, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """A block's output [B, Q, E] for ``queries`` [B, Q, E] over ``x`` [B, L, E]; ``mask`` [B, Q, L] is added to the
     attention scores."""
     assert isinstance(block, Block)
-    e, heads = block.config.hidden_size, block.config.heads
-    weight, bias = block.qkv.weight, block.qkv.bias
-
-    def split(rows: torch.Tensor) -> torch.Tensor:
-        return rows.unflatten(2, (heads, e // heads)).transpose(1, 2)  # [B, H, L, D]
-
-    q = split(F.linear(queries, weight[:e], bias[:e]))
-    k, v = map(split, F.linear(x, weight[e:], bias[e:]).split(e, 2))
+    q, k, v = _projections(block, queries, x)
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
     x = block.attention_norm(queries + block.attention_output(attended.transpose(1, 2).flatten(2)))
     y: torch.Tensor = block.output_norm(x + block.inner_output(F.gelu(block.inner(x))))
     return y
+
+
+def _projections(block: nn.Module, queries: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q [B, H, Q, D] of ``queries``, k and v [B, H, L, D] of ``x``."""
+    assert isinstance(block, Block)
+    e, heads = block.config.hidden_size, block.config.heads
+    weight, bias = block.qkv.weight, block.qkv.bias
+    q, (k, v) = F.linear(queries, weight[:e], bias[:e]), F.linear(x, weight[e:], bias[e:]).split(e, 2)
+    return tuple(rows.unflatten(2, (heads, e // heads)).transpose(1, 2) for rows in (q, k, v))
 
 
 class PaddedRecommender(nn.Module):
