@@ -180,6 +180,15 @@ COMMANDS = {
             s3rec compare --data data/beauty --output runs/compare --config configs/beauty.yaml pretrain.epochs=50""",
         build=_defined_in("s3rec_dist.reports.compare"),
     ),
+    "sweep": Command(
+        summary="try many settings, one after another, and see which did best",
+        description="""
+            Runs the ordinary commands with a list or a random sample of settings, passes over what is finished, goes on
+            where it was cut, and shows the trials beside each other. W&B sweeps drive the same commands
+            (configs/wandb_sweep.yaml).""",
+        example="s3rec sweep configs/sweep.yaml",
+        build=_defined_in("s3rec_dist.reports.sweep"),
+    ),
     "report": Command(
         summary="show runs on one page: losses, metrics, speed, what went wrong",
         description="""

@@ -31,6 +31,7 @@ MODULES = {
     "import": "s3rec_dist.interchange.command",
     "serve": "s3rec_dist.serving.server",
     "compare": "s3rec_dist.reports.compare",
+    "sweep": "s3rec_dist.reports.sweep",
     "report": "s3rec_dist.reports.command",
     "push": "s3rec_dist.interchange.hub",
     "config": "s3rec_dist.interchange.settings",
@@ -74,8 +75,8 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
 
 def test_the_commands_are_those_of_the_documentation() -> None:
     assert list(cli.COMMANDS) == [
-        "prepare", "inspect", "convert", "pretrain", "finetune", "doctor", "evaluate", "compare", "report", "recommend",
-        "serve", "export", "import", "push", "config", "bench", "synth", "completion",
+        "prepare", "inspect", "convert", "pretrain", "finetune", "doctor", "evaluate", "compare", "sweep", "report",
+        "recommend", "serve", "export", "import", "push", "config", "bench", "synth", "completion",
     ]  # fmt: skip
 
 

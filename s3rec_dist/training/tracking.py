@@ -272,7 +272,8 @@ class WandbTracker(Tracker):
         name = config.tracking.name or Path(config.output).name
         id_file = folder / _WANDB_ID_FILE
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+            swept = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+            id_file.write_text(swept or secrets.token_hex(4), encoding="utf-8")
         options: dict[str, Any] = dict(
             project=config.tracking.project,
             entity=config.tracking.entity or None,

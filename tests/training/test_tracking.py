@@ -134,6 +134,17 @@ def test_a_resumed_run_keeps_its_wandb_id(tmp_path: Path) -> None:
     assert ids == {(folder / "wandb_id").read_text() + ".wandb"}
 
 
+def test_a_run_of_a_wandb_sweep_is_the_one_that_its_agent_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    monkeypatch.setenv("WANDB_RUN_ID", "run2")
+    tracker = WandbTracker(config(tmp_path), "finetune", tmp_path)
+    tracker.log({"validation/MRR": 0.25}, 1)
+    tracker.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*/run-run2.wandb"))
+
+
 @pytest.mark.parametrize("failing", ["init", "log", "finish"])
 def test_wandb_that_fails_is_told_once_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
