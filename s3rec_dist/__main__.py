@@ -185,8 +185,8 @@ COMMANDS = {
         description="""
             Runs the ordinary commands with a list or a random sample of settings, passes over what is finished, goes on
             where it was cut, and shows the trials beside each other. W&B sweeps drive the same commands
-            (configs/wandb_sweep.yaml).""",
-        example="s3rec sweep configs/sweep.yaml",
+            (configs/sweeps/wandb.yaml).""",
+        example="s3rec sweep configs/sweeps/random.yaml",
         build=_defined_in("s3rec_dist.reports.sweep"),
     ),
     "report": Command(

@@ -1,6 +1,6 @@
 """``s3rec sweep FILE``: many settings, one after another, and which did best.
 
-    s3rec sweep configs/sweep.yaml
+    s3rec sweep configs/sweeps/random.yaml
 
 FILE is YAML:
 

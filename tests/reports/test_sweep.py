@@ -83,10 +83,10 @@ def test_what_a_file_says_wrong_is_named(tmp_path: Path, tree: Any, message: str
 
 def test_the_example_files_are_sweeps(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(repository)
-    sweep = read_sweep("configs/sweep.yaml")
+    sweep = read_sweep("configs/sweeps/random.yaml")
     assert len(sweep.trials) == 12 and sum(job.stage == "pretrain" for job in jobs_of(sweep)) == 1
     # W&B's own: its agent puts key=value for each parameter in the place of ${args_no_hyphens}
-    tree = yaml.safe_load(Path("configs/wandb_sweep.yaml").read_text())
+    tree = yaml.safe_load(Path("configs/sweeps/wandb.yaml").read_text())
     before = [word for word in tree["command"] if not word.startswith("${")]
     assert before[:2] == ["bash", "launch/wandb_agent.sh"] and tree["command"][-1] == "${args_no_hyphens}"
     for loss in tree["parameters"]["finetune.loss"]["values"]:
