@@ -42,6 +42,8 @@ class ExportFormat:
     there only with ``args.overwrite``. Raises a ValueError of ours."""
     add_arguments: Callable[[argparse._ArgumentGroup], None] = _no_arguments
     """Adds the format's own options."""
+    also: tuple[str, ...] = ()
+    """Options of another format that it takes too, by their names in the arguments."""
 
 
 EXPORT_FORMATS = {
@@ -58,7 +60,7 @@ EXPORT_FORMATS = {
         write=onnx.write_onnx,
         add_arguments=onnx.add_arguments,
     ),
-    "torch": ExportFormat(summary="a .pt2 file for torch.export.load", write=program.write_program),
+    "torch": ExportFormat(summary="a .pt2 file for torch.export.load", write=program.write_program, also=("top_k",)),
     "vectors": ExportFormat(
         summary="a folder of item vectors: Parquet, .npy, a FAISS index",
         write=vectors.write_vectors,
@@ -125,6 +127,7 @@ def _add_output_arguments(parser: argparse.ArgumentParser, output: str) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     """``s3rec export``: the files, and a line about them on stdout."""
+    _refuse_options_of_other_formats(args)
     storage = storage_of(args)
     dataset = Dataset.open(args.dataset, storage)
     if args.format == FOLDER:
@@ -132,6 +135,18 @@ def run_export(args: argparse.Namespace) -> None:
     else:
         EXPORT_FORMATS[args.format].write(load_model(args.model, dataset).eval(), dataset, args)
     _report(args.output, storage)
+
+
+def _refuse_options_of_other_formats(args: argparse.Namespace) -> None:
+    """Raises :class:`ExportError` for an option that the chosen format would not look at."""
+    own = EXPORT_FORMATS[args.format].also if args.format != FOLDER else ()
+    for name, entry in EXPORT_FORMATS.items():
+        parser = argparse.ArgumentParser(add_help=False)
+        entry.add_arguments(parser.add_argument_group())
+        for option, default in vars(parser.parse_args([])).items():
+            if name != args.format and option not in own and getattr(args, option) != default:
+                flag = "--" + option.replace("_", "-")
+                raise ExportError(f"{flag} is an option of --format {name}, not of {args.format}; leave it out")
 
 
 def run_import(args: argparse.Namespace) -> None:

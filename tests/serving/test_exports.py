@@ -205,6 +205,27 @@ def test_the_commands_write_what_they_say(dataset: Dataset, tmp_path: Path, caps
     assert main([*common, "--format", "torch", "--output", str(tmp_path / "m.pt2")]) == 2
 
 
+@pytest.mark.parametrize(("histories", "k"), [([[1, 2, 3]], 0), ([[1, 2, 3], [2, 1]], 0), ([[1]], 1)])
+def test_datasets_of_few_users_are_checked_on_all_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], histories: list[list[int]], k: int
+) -> None:
+    few = write(tmp_path / "dataset", [histories])
+    written("torch", make_model(few), few, tmp_path / "m", top_k=k)
+    assert f"on {len(histories)} histories: largest difference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("format", "option", "owner"),
+    [("torch", ["--int8"], "onnx"), ("vectors", ["--top-k", "3"], "onnx"), ("folder", ["--index", "ivf"], "vectors")],
+)
+def test_options_of_another_format_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], format: str, option: list[str], owner: str
+) -> None:
+    given = ["export", "m", "--dataset", "d", "--format", format, "--output", str(tmp_path / "o"), *option]
+    assert main(given) == 2
+    assert f"{option[0]} is an option of --format {owner}, not of {format}" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_beauty_s_checkpoint_exports_within_the_tolerance(published_data: Path, tmp_path: Path) -> None:
     data = str(tmp_path / "beauty")
