@@ -262,8 +262,13 @@ class FinetuneConfig(StageConfig):
     pretrained: str = "auto"
     """Weights to start from: ``auto`` is the newest checkpoint of ``<output>/pretrain``; a run's, a checkpoint's or an
     exported model's folder (a path or fsspec URL); or ``none`` to train from scratch."""
-    loss: Literal["bce", "bpr", "ce"] = "bce"
-    """``bce`` and ``bpr`` against one sampled negative a position, ``ce`` against all items."""
+    loss: Literal["bce", "bpr", "ce", "sampled_ce"] = "bce"
+    """``bce`` and ``bpr`` against one sampled negative a position, ``ce`` (softmax) against all items, ``sampled_ce``
+    against an estimate of that from ``negatives`` items."""
+    negatives: int = 1024
+    """Items that ``sampled_ce`` draws for a step; all positions of the global batch share them."""
+    negative_sampling: Literal["uniform", "popularity"] = "uniform"
+    """How ``sampled_ce`` draws: all items alike, or as often as they are taken."""
     positions: Literal["all", "last"] = "all"
     """Positions that are trained on."""
     metric: str = "MRR"
@@ -276,6 +281,7 @@ class FinetuneConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least("finetune.patience", self.patience, 0)
+        _at_least("finetune.negatives", self.negatives, 1)
         _at_least("finetune.validate_every_epochs", self.validate_every_epochs, 1)
         if not self.pretrained:
             raise ConfigError(

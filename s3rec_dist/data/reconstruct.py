@@ -14,7 +14,9 @@ item has no segment: its three segment sequences are the sample itself.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +70,16 @@ class FinetuneBatch:
 
     def __len__(self) -> int:
         return len(self.sample_keys)
+
+
+@dataclass(frozen=True)
+class SharedNegatives:
+    """S items that all positions of a step share, drawn with replacement."""
+
+    items: torch.Tensor
+    """int64 [S]."""
+    log_expected: torch.Tensor
+    """fp32 [S]: the logarithm of how often such an item was to be drawn, S times its probability."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,18 @@ def finetune_batch(packed: PackedSequences, *, n_items: int, key: int) -> Finetu
         negatives=_negatives(bits.index_select(0, inputs), inputs, items, layout, n_items, packed.max_length),
         sample_keys=keys,
     )
+
+
+def shared_negatives(count: int, n_items: int, key: int, shares: torch.Tensor | None, device: Any) -> SharedNegatives:
+    """``count`` items, a function of ``key``: all 1..``n_items`` alike, or as ``shares`` says, fp64 [N], which add up
+    to 1."""
+    bits = hash64(torch.full((count,), key, dtype=torch.int64, device=device), torch.arange(count, device=device))
+    if shares is None:
+        items = uniform_below(bits, n_items) + 1
+        return SharedNegatives(items, torch.full((count,), math.log(count / n_items), device=device))
+    place = ((bits >> 11) & (2**53 - 1)).double() / 2**53
+    items = torch.searchsorted(shares.cumsum(0), place, right=True).clamp(max=n_items - 1)
+    return SharedNegatives(items + 1, (shares[items] * count).log().float())
 
 
 class _Layout:

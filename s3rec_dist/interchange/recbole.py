@@ -169,7 +169,7 @@ def recbole_names(layers: int) -> dict[str, tuple[str, ...]]:
 def _settings_of(model: S3Rec) -> dict[str, Any]:
     """What RecBole's S3Rec is built from, to go on with a model of ours."""
     own = flat({"model": dataclasses.asdict(model.config), "pretrain": dataclasses.asdict(model.pretrain_config)})
-    loss = "CE" if model.finetune_config.loss == "ce" else "BPR"
+    loss = "CE" if model.finetune_config.loss in ("ce", "sampled_ce") else "BPR"
     same = {key: own[name] for key, name in MODEL.items()}
     return {"model": "S3Rec", **same, "hidden_act": "gelu", "loss_type": loss, "train_stage": "finetune"}
 

@@ -32,7 +32,8 @@ def finetune_flops(
     config: ModelConfig, classes: int, *, samples: float, tokens: float, squares: float, last_only: bool
 ) -> float:
     """Of a fine-tuning batch, inputs as for :func:`pretrain_flops`, which predicts the next item at each place, or only
-    after the last. ``classes`` is what it is chosen from: all items under the loss ``ce``, 0 under the others."""
+    after the last. ``classes`` is what it is chosen from: all items under the loss ``ce``, the drawn ones under
+    ``sampled_ce``, 0 under the others."""
     pairs = (squares + tokens) / 2
     queries, attended = (samples, tokens) if last_only else (tokens, pairs)
     blocks = (config.layers - 1) * _block(config, tokens, tokens, pairs)

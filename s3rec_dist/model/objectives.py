@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,3 +64,59 @@ class _SoftmaxLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         grad_hidden, grad_table = ctx.saved_tensors
         return (grad_hidden * grads[0]).to(grad_hidden.dtype), (grad_table * grads[0]).to(grad_table.dtype), None
+
+
+def sampled_softmax_loss(
+    hidden: torch.Tensor,
+    positives: torch.Tensor,
+    negatives: torch.Tensor,
+    is_hit: Callable[[slice], torch.Tensor],
+    log_expected: torch.Tensor,
+) -> torch.Tensor:
+    """An estimate of :func:`softmax_loss` from S items that were drawn with replacement, summed.
+
+    ``hidden`` [M, E] with the targets' rows ``positives`` [M, E] and the drawn items' rows ``negatives`` [S, E];
+    ``log_expected`` [S] is how often each was to be drawn, log(S q). ``is_hit`` gives for a slice of the M, bool
+    [m, S], where a drawn item is the target. The target's own term is exact, because it is always there; the sum over
+    the other items is estimated without bias, by drawn items that are not the target, each divided by S q. The loss,
+    its logarithm, approaches the exact one as S grows.
+    """
+    loss: torch.Tensor = _SampledSoftmaxLoss.apply(hidden, positives, negatives, is_hit, log_expected)
+    return loss
+
+
+class _SampledSoftmaxLoss(torch.autograd.Function):
+    """Computes the gradients in the forward pass, in chunks, while the logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        positives: torch.Tensor,
+        negatives: torch.Tensor,
+        is_hit: Callable[[slice], torch.Tensor],
+        log_expected: torch.Tensor,
+    ) -> torch.Tensor:
+        chunk = max(LOGITS_PER_CHUNK // len(negatives), 1)
+        grad_hidden, grad_positives = torch.empty_like(hidden), torch.empty_like(positives)
+        grad_negatives = torch.zeros_like(negatives, dtype=torch.float32)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            part, own = hidden[rows], positives[rows]
+            logits = (part @ negatives.T).float().sub_(log_expected)
+            logits.masked_fill_(is_hit(rows), -torch.inf)
+            score = (part.float() * own.float()).sum(1, keepdim=True)
+            log_sum = torch.logaddexp(logits.logsumexp(1, keepdim=True), score)
+            loss += (log_sum - score).sum()
+            weights = logits.sub_(log_sum).exp_().to(hidden.dtype)
+            pull = ((score - log_sum).exp_() - 1).to(hidden.dtype)
+            grad_hidden[rows] = weights @ negatives + pull * own
+            grad_positives[rows] = pull * part
+            grad_negatives += weights.T @ part
+        ctx.save_for_backward(grad_hidden, grad_positives, grad_negatives.to(negatives.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (*((grad * grads[0]).to(grad.dtype) for grad in ctx.saved_tensors), None, None)

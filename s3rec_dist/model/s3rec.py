@@ -19,14 +19,14 @@ from torch.utils.checkpoint import checkpoint
 
 from s3rec_dist.config import FinetuneConfig, ModelConfig, PretrainConfig
 from s3rec_dist.data.dataset import ItemAttributes
-from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, pretrain_batch
+from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, SharedNegatives, pretrain_batch
 from s3rec_dist.data.stream import PackedSequences
 from s3rec_dist.hashing import hash64
 from s3rec_dist.kernels.attribute_loss import attribute_loss, attribute_pairs
 from s3rec_dist.model.dropout import DropoutKeys, not_compiled
 from s3rec_dist.model.encoder import SITES_PER_BLOCK, Block, Queries, position_ids
 from s3rec_dist.model.layers import embed
-from s3rec_dist.model.objectives import binary_loss, pairwise_loss, softmax_loss
+from s3rec_dist.model.objectives import binary_loss, pairwise_loss, sampled_softmax_loss, softmax_loss
 
 AttributeLists = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Which attributes rows have: items, offsets and values as :func:`attribute_loss` takes them."""
@@ -204,8 +204,11 @@ class S3Rec(nn.Module):
         }
         return Losses(total, {task: loss.detach() for task, loss in terms.items()}, counts)
 
-    def finetune_losses(self, batch: FinetuneBatch, dropout_seed: int | None = None) -> Losses:
-        """The next-item loss on one batch, as the model's ``finetune`` settings say."""
+    def finetune_losses(
+        self, batch: FinetuneBatch, dropout_seed: int | None = None, shared: SharedNegatives | None = None
+    ) -> Losses:
+        """The next-item loss on one batch, as the model's ``finetune`` settings say; ``sampled_ce`` needs negatives to
+        share."""
         config = self.finetune_config
         sequence = _sequence_of(batch.offsets, len(batch.items))
         positions = position_ids(sequence, batch.offsets, self.config)
@@ -217,7 +220,16 @@ class S3Rec(nn.Module):
         targets, negatives = batch.targets, batch.negatives
         if queries is not None:
             targets, negatives = targets[queries.tokens], negatives[queries.tokens]
-        loss = self._next_item_loss(hidden, targets, negatives)
+        if shared is None:
+            loss = self._next_item_loss(hidden, targets, negatives)
+        else:
+            loss = sampled_softmax_loss(
+                hidden,
+                self.item_embedding(targets),
+                self.item_embedding(shared.items),
+                lambda rows: targets[rows, None] == shared.items,
+                shared.log_expected,
+            )
         return Losses(loss, {config.loss: loss.detach()}, {config.loss: len(targets)})
 
     def _next_item_loss(
@@ -225,7 +237,7 @@ class S3Rec(nn.Module):
     ) -> torch.Tensor:
         """Sum over hidden states [M, E] with their next items and a negative each [M]."""
         kind = self.finetune_config.loss
-        if kind == "ce":
+        if kind in ("ce", "sampled_ce"):
             return softmax_loss(hidden, self.item_embedding.weight[1 : self.mask_id], targets.long() - 1)
         if negatives is None:
             raise ValueError(f"loss={kind!r} needs a negative item for each target, {NEG_ITEM_ID!r}; or use loss='ce'")

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -26,7 +27,15 @@ import s3rec_dist
 from s3rec_dist.config import Config, ConfigError, PretrainConfig, StageConfig, flat, to_dict, to_yaml
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.order import stage_spec
-from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, finetune_batch, pretrain_batch, pretrain_sizes
+from s3rec_dist.data.reconstruct import (
+    FinetuneBatch,
+    PretrainBatch,
+    SharedNegatives,
+    finetune_batch,
+    pretrain_batch,
+    pretrain_sizes,
+    shared_negatives,
+)
 from s3rec_dist.data.stream import PackedSequences, Stream
 from s3rec_dist.evaluation import evaluate
 from s3rec_dist.hashing import key_of
@@ -66,6 +75,7 @@ from s3rec_dist.training.watchdog import Watchdog
 StageName = Literal["pretrain", "finetune"]
 
 _STAGE_KEYS = {"pretrain": 1, "finetune": 2}
+_NEGATIVES_KEY = 0x5A3
 
 
 class TrainingError(ValueError):
@@ -160,8 +170,25 @@ class Task:
 
     def losses(self, model: S3Rec, batch: Any, dropout_seed: int | None) -> Losses:
         """The stage's loss sums."""
-        loss = model.pretrain_losses if self.name == "pretrain" else model.finetune_losses
-        return loss(batch, dropout_seed)
+        if self.name == "pretrain":
+            return model.pretrain_losses(batch, dropout_seed)
+        return model.finetune_losses(batch, dropout_seed, self._shared_negatives(dropout_seed))
+
+    def _shared_negatives(self, step_seed: int | None) -> SharedNegatives | None:
+        """Those of a step, the same on every rank."""
+        config = self.config.finetune
+        if config.loss != "sampled_ce":
+            return None
+        key = key_of(step_seed or 0, _NEGATIVES_KEY)
+        return shared_negatives(config.negatives, self.dataset.n_items, key, self._shares, self.device)
+
+    @cached_property
+    def _shares(self) -> torch.Tensor | None:
+        """fp64 [N]: the share of all interactions that each item has, where negatives are drawn by popularity."""
+        if self.config.finetune.negative_sampling == "uniform":
+            return None
+        counts = torch.from_numpy(self.dataset.items_table().column("count").to_numpy().astype(np.float64))
+        return (counts / counts.sum()).to(self.device)
 
     def dropout_seed(self, step: int) -> int:
         """The same on every rank; the samples' own keys set them apart."""
@@ -181,7 +208,9 @@ class Task:
             return pretrain_flops(model, attributes, samples=samples, tokens=tokens, squares=squares, masked=masked)
         return finetune_flops(
             model,
-            self.dataset.n_items if self.config.finetune.loss == "ce" else 0,
+            {"ce": self.dataset.n_items, "sampled_ce": self.config.finetune.negatives}.get(
+                self.config.finetune.loss, 0
+            ),
             samples=samples,
             tokens=tokens - samples,  # the last item of each is only a target
             squares=squares - 2 * tokens + samples,

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from s3rec_dist.data.reconstruct import shared_negatives
 from s3rec_dist.model import objectives
-from s3rec_dist.model.objectives import binary_loss, pairwise_loss, softmax_loss
+from s3rec_dist.model.objectives import binary_loss, pairwise_loss, sampled_softmax_loss, softmax_loss
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Relative to the largest value of each result. bf16: logits, and then what they are multiplied by, have 8 bits."""
@@ -174,3 +175,68 @@ def test_losses_of_no_pairs_are_zero() -> None:
     none = torch.zeros(0)
     losses = [pairwise_loss(none, none, "original"), pairwise_loss(none, none, "bpr"), binary_loss(none, none)]
     assert [float(loss) for loss in losses] == [0, 0, 0]
+
+
+# Sampled softmax
+
+
+def sampled(
+    h: torch.Tensor, t: torch.Tensor, targets: torch.Tensor, drawn: torch.Tensor, log_expected: torch.Tensor
+) -> torch.Tensor:
+    return sampled_softmax_loss(h, t[targets], t[drawn], lambda rows: targets[rows, None] == drawn, log_expected)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_sampled_softmax_loss_is_its_definition(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int
+) -> None:
+    monkeypatch.setattr(objectives, "LOGITS_PER_CHUNK", chunk)
+    hidden, table = normal(29, 16, seed=1, dtype=dtype), normal(13, 16, seed=2, dtype=dtype)
+    targets, drawn = torch.arange(29) * 5 % 13, torch.tensor([3, 3, 0, 7, 12])
+    log_expected = normal(5, seed=3)
+
+    def definition(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        score = (h * t[targets]).sum(1)
+        others = (h @ t[drawn].T - log_expected.double()).exp() * (targets[:, None] != drawn)
+        return ((score.exp() + others.sum(1)).log() - score).sum()
+
+    found = with_gradients(lambda h, t: sampled(h, t, targets, drawn, log_expected), hidden, table, 0.7)
+    assert_results_equal(found, with_gradients(definition, hidden.double(), table.double(), 0.7), dtype)
+
+
+def test_every_item_drawn_as_often_as_expected_gives_the_exact_softmax() -> None:
+    hidden, table, targets = normal(29, 16, seed=1), normal(13, 16, seed=2), torch.arange(29) * 5 % 13
+    drawn = torch.arange(13).repeat(3)
+    found = with_gradients(lambda h, t: sampled(h, t, targets, drawn, torch.full((39,), math.log(3))), hidden, table)
+    exact = with_gradients(lambda h, t: softmax_loss(h, t, targets), hidden, table)
+    for ours, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shares", [None, torch.tensor([0.4, 0.0, 0.1, 0.2, 0.3], dtype=torch.float64)])
+def test_the_sum_over_the_other_items_is_estimated_without_bias(shares: torch.Tensor | None) -> None:
+    """exp(loss) of one position is linear in it; an item that is never drawn has no part."""
+    hidden, table, targets = normal(1, 8, seed=1), normal(5, 8, seed=2), torch.tensor([3])
+    estimates = []
+    for key in range(4000):
+        shared = shared_negatives(8, 5, key, shares, "cpu")
+        estimates.append(sampled(hidden, table, targets, shared.items - 1, shared.log_expected).exp())
+    scores = hidden @ table.T - hidden @ table[targets].T
+    if shares is not None:
+        scores[0, 1] = -torch.inf
+    expected = float(scores.exp().sum())
+    error = float(torch.stack(estimates).std()) / 4000**0.5
+    assert abs(float(torch.stack(estimates).mean()) - expected) < 4 * error
+
+
+def test_items_are_drawn_as_often_as_they_are_to_be_and_alike_for_a_key() -> None:
+    shares = torch.tensor([0.5, 0.0, 0.125, 0.375], dtype=torch.float64)
+    drawn = shared_negatives(80_000, 4, 7, shares, "cpu")
+    frequency = drawn.items.bincount(minlength=5)[1:] / 80_000
+    assert torch.allclose(frequency.double(), shares, atol=0.01) and frequency[1] == 0
+    assert torch.allclose(drawn.log_expected.exp(), 80_000 * shares[drawn.items - 1].float())
+    uniform = shared_negatives(80_000, 4, 7, None, "cpu")
+    assert torch.allclose(uniform.items.bincount(minlength=5)[1:] / 80_000, torch.tensor(0.25), atol=0.01)
+    assert torch.equal(shared_negatives(80_000, 4, 7, None, "cpu").items, uniform.items)
+    assert not torch.equal(shared_negatives(80_000, 4, 8, None, "cpu").items, uniform.items)

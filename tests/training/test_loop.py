@@ -875,3 +875,15 @@ def test_pretraining_on_beauty_stays_under_a_gigabyte_and_a_half(
     assert list(peaks) == [20, 40, 60, 80]
     assert max(peaks.values()) < 1000, peaks
     assert peaks[80] - peaks[20] < 100, "memory grows"
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
+def test_two_processes_share_the_negatives_that_one_draws(
+    dataset: Path, tmp_path: Path, launch: Callable[..., list[str]], sampling: str
+) -> None:
+    settings = {"finetune__loss": "sampled_ce", "finetune__negatives": 16, "finetune__negative_sampling": sampling}
+    one = run("finetune", make_config(dataset, tmp_path / "one", finetune__epochs=2, **settings))
+    two = make_config(dataset, tmp_path / "two", finetune__epochs=2, finetune__gradient_accumulation=2, **settings)
+    (tmp_path / "jobs.json").write_text(json.dumps({"two": job("finetune", two)}))
+    launch(2, [RUNS, str(tmp_path / "jobs.json")])
+    assert_close(curve(tmp_path / "two" / "finetune"), curve(one), 1e-5)
