@@ -128,5 +128,5 @@ def test_torchrun_brings_back_a_run_after_a_host_has_failed(
     assert ended.statuses == [0, 0], ended.output
     first, second = events(folder, "start")
     assert first["processes"] == second["processes"] == 2
-    assert first["step"] == 0 and second["step"] >= 15
+    assert first["step"] == 0 and second["step"] >= 10  # that of step 15 may still be written at step 20
     assert farthest(folder) < 1e-6

@@ -449,6 +449,7 @@ def test_a_url_with_a_secret_is_refused_before_it_is_written_anywhere(
 def test_wandb_finds_its_run_again_and_its_files_are_kept(dataset: Path, bucket: str, tmp_path: Path) -> None:
     changes = {"tracking__wandb": "offline", "pretrain__epochs": 2}
     died_run("pretrain", config_at(dataset, bucket, tmp_path / "one", **changes), 20)
+    time.sleep(1.1)  # the records' names have seconds
     run("pretrain", config_at(dataset, bucket, tmp_path / "two", **changes))
     records = [name for name in names(f"{bucket}/pretrain/wandb") if name.endswith(".wandb")]
     identity = QUICK.read(f"{bucket}/pretrain/wandb_id").decode()
