@@ -67,4 +67,7 @@ step "Each user's last item, ranked among all items the user has not had"
 s3rec evaluate --model "S3-Rec=$output/finetune" "without pretraining=$output/scratch/finetune" \
     --dataset "$output/dataset" --cutoffs 5 10 20
 echo "
-Everything is in $output: model/ (weights, catalogue, model card), recommendations.parquet, and each run's metrics.jsonl."
+Everything is in $output: model/ (weights, catalogue, model card), recommendations.parquet, and each run's metrics.jsonl.
+To look at it (source $venv/bin/activate; pip install -e '.[report,serve]'):
+  s3rec report $output $output/scratch
+  s3rec serve $output/model"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,4 +72,4 @@ def run(args: argparse.Namespace) -> None:
     if storage.is_folder(output):
         raise ReportError(f"{output}: is a folder; name a file")
     write_report(read_runs(args.runs, storage), read_results(args.results, storage), output, storage)
-    print(f"{output} ({storage.size(output) / 1e6:.1f} MB)" if not os.path.isabs(output) else f"file://{output}")
+    print(f"{output}: {storage.size(output) / 1e6:.1f} MB")
