@@ -14,7 +14,8 @@ import torch
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.evaluation import Histories, Scorer, Split, held_out
 
-_ITEMS_AT_ONCE = 1024
+NEIGHBOURS_KEPT = 100
+_PAIRS_AT_ONCE = 2**25
 _USERS_READ = 4096
 
 
@@ -31,14 +32,16 @@ def popularity(dataset: Dataset, split: Split) -> Scorer:
     return lambda histories: (torch.ones(len(histories.users), 1), items)
 
 
-def item_neighbours(dataset: Dataset, split: Split, neighbours: int = 100, shrinkage: float = 10.0) -> Scorer:
+def item_neighbours(
+    dataset: Dataset, split: Split, neighbours: int = NEIGHBOURS_KEPT, shrinkage: float = 10.0
+) -> Scorer:
     """An item's score is the sum of its similarities with the history's distinct items.
 
     The similarity of two items is the cosine between the sets of users who have them, common users divided by
     sqrt(users of one * users of the other) + ``shrinkage``; each item keeps its ``neighbours`` most similar ones.
     Where no similarity tells, popularity does. Needs scipy, and memory for N x ``neighbours`` numbers.
     """
-    sparse = _scipy_sparse()
+    sparse = scipy_sparse()
     width = dataset.n_items + 1
     parts = []
     for histories in _histories(dataset, split):
@@ -76,9 +79,14 @@ def _similarities(sparse: Any, taken: Any, neighbours: int, shrinkage: float) ->
     lower item ids stay."""
     by_item = taken.T.tocsr()
     roots = np.sqrt(np.asarray(taken.sum(0)).ravel())
-    blocks = []
-    for begin in range(0, by_item.shape[0], _ITEMS_AT_ONCE):
-        common = (by_item[begin : begin + _ITEMS_AT_ONCE] @ taken).tocoo()
+    items = by_item.shape[0]
+    # an item has common users with no more items than its users have
+    pairs = np.cumsum(np.minimum(by_item @ np.diff(taken.indptr), items))
+    blocks, begin = [], 0
+    while begin < items:
+        before = pairs[begin - 1] if begin else 0
+        end = max(begin + 1, int(np.searchsorted(pairs, before + _PAIRS_AT_ONCE, side="right")))
+        common = (by_item[begin:end] @ taken).tocoo()
         rows, columns = common.row, common.col
         keep = rows + begin != columns
         rows, columns = rows[keep], columns[keep]
@@ -87,12 +95,14 @@ def _similarities(sparse: Any, taken: Any, neighbours: int, shrinkage: float) ->
         rows, columns, values = rows[order], columns[order], values[order]
         place = np.arange(len(rows)) - np.searchsorted(rows, rows)
         best = place < neighbours
-        shape = (min(_ITEMS_AT_ONCE, by_item.shape[0] - begin), by_item.shape[0])
-        blocks.append(sparse.csr_matrix((values[best].astype(np.float32), (rows[best], columns[best])), shape=shape))
+        kept = (values[best].astype(np.float32), (rows[best], columns[best]))
+        blocks.append(sparse.csr_matrix(kept, shape=(end - begin, items)))
+        begin = end
     return sparse.vstack(blocks, format="csr")
 
 
-def _scipy_sparse() -> Any:
+def scipy_sparse() -> Any:
+    """The library. Raises :class:`BaselineError` where it is missing."""
     try:
         import scipy.sparse
     except ImportError as error:

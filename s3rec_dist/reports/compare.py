@@ -26,7 +26,7 @@ from s3rec_dist.config import Config, load_config
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.evaluation import Scorer, model_scorer, user_ranks
 from s3rec_dist.export import load_model
-from s3rec_dist.reports.baselines import item_neighbours, popularity
+from s3rec_dist.reports.baselines import NEIGHBOURS_KEPT, BaselineError, item_neighbours, popularity, scipy_sparse
 from s3rec_dist.reports.bootstrap import LEVEL, interval, resampled_means, user_metrics
 from s3rec_dist.storage import Storage
 from s3rec_dist.training.engine import start, together
@@ -34,6 +34,7 @@ from s3rec_dist.training.loop import run_finetune, run_pretrain
 
 S3REC, SASREC = "S3-Rec", "SASRec"
 POPULARITY, NEIGHBOURS = "popularity", "item neighbours"
+_SCORES_AT_ONCE = 2**26
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Comparison:
         return f"{verdict} on {self.dataset}: {metric} {change}{share} against the same model from scratch."
 
 
-def compare(config: Config) -> Comparison:
+def compare(config: Config, neighbours: int = NEIGHBOURS_KEPT) -> Comparison:
     """Trains what is not trained yet, and ranks; all processes of a launcher call it together."""
     runs = {
         SASREC: replace(config, output=f"{config.output}/sasrec", finetune=replace(config.finetune, pretrained="none")),
@@ -87,14 +88,17 @@ def compare(config: Config) -> Comparison:
         dataset = Dataset.open(config.data.path, Storage(config.storage))
         scorers: dict[str, Scorer] = {
             POPULARITY: popularity(dataset, "test"),
-            NEIGHBOURS: item_neighbours(dataset, "test"),
+            NEIGHBOURS: item_neighbours(dataset, "test", neighbours),
         }
         for name, run in runs.items():
             model = load_model(f"{run.output}/finetune", dataset).to(device).eval()
             scorers[name] = model_scorer(model, dataset, device)
+    # neighbours give every item a score, which [users, items] bounds; ranks do not depend on the batches
+    users = min(config.evaluation.batch_users, max(1, _SCORES_AT_ONCE // dataset.n_items))
     ranks = {}
     for name, scorer in scorers.items():
-        ranks[name], protocol = user_ranks(scorer, dataset, config.evaluation, "test")
+        evaluation = replace(config.evaluation, batch_users=users) if name == NEIGHBOURS else config.evaluation
+        ranks[name], protocol = user_ranks(scorer, dataset, evaluation, "test")
     finetune = config.finetune
     settings = (
         f"loss {finetune.loss}, the epoch with the best {finetune.metric} on validation items, seed {config.seed}"
@@ -159,6 +163,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="URL", help="folder or URL for runs and results (output)")
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings (default: every setting's default)")
     parser.add_argument(
+        "--neighbours",
+        type=int,
+        default=NEIGHBOURS_KEPT,
+        metavar="N",
+        help=f"most similar items that item neighbours keep of each item (default: {NEIGHBOURS_KEPT})",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
@@ -168,11 +179,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """``s3rec compare``: a table on stdout, and two files."""
-    from s3rec_dist.reports.page import comparison_page
+    from s3rec_dist.reports.page import comparison_page, plotly
 
+    plotly()  # what is missing is told before hours of training, not after
+    scipy_sparse()
+    if args.neighbours < 1:
+        raise BaselineError(f"--neighbours {args.neighbours}: expected at least 1")
     given = [f"data.path={args.data}"] * bool(args.data) + [f"output={args.output}"] * bool(args.output)
     config = load_config(args.config, ["finetune.loss=ce", *given, *args.overrides])
-    found = compare(config)
+    found = compare(config, args.neighbours)
     if dist.is_initialized() and dist.get_rank():
         return
     metric = config.finetune.metric

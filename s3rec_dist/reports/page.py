@@ -11,12 +11,14 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import s3rec_dist
+from s3rec_dist.config import EvaluationConfig
 from s3rec_dist.reports.runs import STAGES, ReportError, Run, differences
 
 if TYPE_CHECKING:
     from s3rec_dist.reports.compare import Comparison
 
 COLOURS = ("#4c78a8", "#e4572e", "#54a24b", "#b279a2", "#f2a541", "#72b7b2", "#9d755d", "#ff9da6")
+DASHES = ("solid", "dash", "dot", "dashdot")
 TASKS = {
     "loss": "loss",
     "aap": "associated attributes (AAP)",
@@ -116,16 +118,21 @@ def lines(runs: Sequence[Run], name: str, title: str, y: str) -> str:
     """A metric of several runs over their steps; empty where none has it."""
     go = plotly()
     traces = []
-    for i, run in enumerate(runs):
+    for run in runs:
         steps, values = run.curve(name)
         if steps:
             traces.append(
                 go.Scatter(
                     x=steps, y=values, name=_legend(run.label), mode="lines+markers" if len(steps) < 40 else "lines",
-                    line={"color": COLOURS[i % len(COLOURS)], "width": 2}, marker={"size": 5},
+                    line={**line_style(run.place), "width": 2}, marker={"size": 5},
                 )
             )  # fmt: skip
     return figure(traces, title, "step", y) if traces else ""
+
+
+def line_style(place: int) -> dict[str, str]:
+    """Colour and dashes, of their own for the first 32 runs."""
+    return {"color": COLOURS[place % len(COLOURS)], "dash": DASHES[place // len(COLOURS) % len(DASHES)]}
 
 
 def report_page(
@@ -168,7 +175,8 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(name for result in results for name in result["metrics"]))
     rows = [[r["label"], *(float(r["metrics"][n]) if n in r["metrics"] else "-" for n in names)] for r in results]
     protocols = dict.fromkeys(f"{r['protocol']}; {r['users']:,} users" for r in results)
-    best = max(range(len(results)), key=lambda i: results[i]["metrics"].get("MRR", 0)) if len(results) > 1 else None
+    comparable = len(results) > 1 and len(protocols) == 1
+    best = max(range(len(results)), key=lambda i: results[i]["metrics"].get("MRR", 0)) if comparable else None
     notes = "".join(f'<p class="note">{escape(line)}</p>' for line in protocols)
     return "<h2>Results</h2>" + table(["model", *names], rows, best) + notes
 
@@ -179,19 +187,35 @@ def _validation(runs: Sequence[Run]) -> str:
         return ""
     names = list(dict.fromkeys(name for run in tuned for name in run.best()))
     rows = [[run.label, *(run.best().get(name, "-") for name in names)] for run in tuned]
-    chosen = [run.best().get(run.config.finetune.metric, 0.0) for run in tuned]
     metric = tuned[0].config.finetune.metric
+    chosen = [run.best().get(metric, 0.0) for run in tuned]
+    ways: dict[tuple[str, str], list[str]] = {}
+    for run in tuned:
+        ways.setdefault((run.config.finetune.metric, _candidates(run.config.evaluation)), []).append(run.label)
+    comparable = len(tuned) > 1 and len(ways) == 1
+    notes = [
+        f"{', '.join(labels) if len(ways) > 1 else 'Each run'} at its best {chooser}: the item before each user's last "
+        f"one, ranked among {candidates}."
+        for (chooser, candidates), labels in ways.items()
+    ]
     shown = [metric, *[name for name in names if name != metric][-3:]]
     plots = [lines(tuned, f"validation/{name}", f"{name} on validation items", name) for name in shown]
-    evaluation = tuned[0].config.evaluation
-    against = "all items not yet seen" if evaluation.protocol == "full" else f"{evaluation.negatives} sampled items"
     return (
         "<h2>Validation</h2>"
-        + table(["run", *names], rows, max(range(len(rows)), key=chosen.__getitem__) if len(rows) > 1 else None)
-        + f'<p class="note">Each run at its best {escape(metric)}: the item before each user\'s last one, ranked among '
-        f"{against}. These chose the epoch; figures to quote are of <code>s3rec evaluate</code>, on test items.</p>"
-        + f"<div class=plots>{''.join(plots)}</div>"
+        + table(["run", *names], rows, max(range(len(rows)), key=chosen.__getitem__) if comparable else None)
+        + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+        + '<p class="note">These chose the epoch; figures to quote are of <code>s3rec evaluate</code>, on test items.'
+        + f"</p><div class=plots>{''.join(plots)}</div>"
     )
+
+
+def _candidates(evaluation: EvaluationConfig) -> str:
+    """What a held-out item is ranked among, in words."""
+    if evaluation.protocol == "full":
+        return "all items not yet seen"
+    if evaluation.negatives_file:
+        return f"the negatives of {evaluation.negatives_file}"
+    return f"{evaluation.negatives} sampled items (seed {evaluation.seed})"
 
 
 def _losses(runs: Sequence[Run]) -> str:
@@ -274,7 +298,7 @@ def comparison_page(found: Comparison, metric: str) -> str:
         own = [found.metrics[name][key] for name in names]
         bars = {
             "type": "data", "symmetric": False,
-            "array": [e.high - e.mean for e in own], "arrayminus": [e.mean - e.low for e in own],
+            "color": "#808080", "array": [e.high - e.mean for e in own], "arrayminus": [e.mean - e.low for e in own],
         }  # fmt: skip
         dots = go.Scatter(
             x=[e.mean for e in own], y=[escape(name) for name in names], error_x=bars, mode="markers",

@@ -27,6 +27,8 @@ class Run:
     """One stage of one run."""
 
     label: str
+    place: int
+    """Of the path it was found under, counted from 0: all stages of a run have one colour."""
     stage: str
     folder: str
     config: Config
@@ -83,11 +85,12 @@ def read_runs(paths: Sequence[str], storage: Storage) -> list[Run]:
                 f"{path}: holds no {METRICS}; expected a folder that pretrain or finetune writes, or the output folder "
                 "above it"
             )
-        runs += [_read(labels[path], stage, folder, storage) for stage, folder in found]
+        place = list(labels).index(path)
+        runs += [_read(labels[path], place, stage, folder, storage) for stage, folder in found]
     return runs
 
 
-def _read(label: str, stage: str, folder: str, storage: Storage) -> Run:
+def _read(label: str, place: int, stage: str, folder: str, storage: Storage) -> Run:
     try:
         tree = yaml.safe_load(storage.read(f"{folder}/{SETTINGS}"))
         config = from_dict(tree, f"{folder}/{SETTINGS}")
@@ -97,9 +100,9 @@ def _read(label: str, stage: str, folder: str, storage: Storage) -> Run:
         raise ReportError(f"{folder}/{SETTINGS}: not valid YAML: {error}") from error
     try:
         entries = parse_metrics(storage.read(f"{folder}/{METRICS}").decode())
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ReportError(f"{folder}/{METRICS}: not what a run logs ({error}); restore the file") from error
-    return Run(label, stage, folder, config, entries)
+    return Run(label, place, stage, folder, config, entries)
 
 
 def _stage_of(path: str) -> str:

@@ -31,10 +31,12 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +46,13 @@ import yaml
 
 from s3rec_dist.config import Config, ConfigError, flat, load_config, to_dict
 from s3rec_dist.reports.command import write_report
+from s3rec_dist.reports.page import plotly
 from s3rec_dist.reports.runs import STAGES, ReportError, Run, read_runs
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
 from s3rec_dist.training.preemption import STATUS as PREEMPTED
+
+_LEAVE_S = 120.0
+"""How long a run that was told to leave is waited for: it writes a checkpoint."""
 
 
 class SweepError(ValueError):
@@ -86,6 +92,9 @@ def read_sweep(path: str) -> Sweep:
         raise SweepError(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(known)}")
     if ("list" in tree) == ("random" in tree):
         raise SweepError(f"{path}: expected either list or random, which say what the trials are")
+    for key in ("config", "metric", "launcher"):
+        if not isinstance(tree.get(key, ""), str):
+            raise SweepError(f"{path}: {key}: expected text, got {tree[key]!r}")
     if not isinstance(tree.get("output"), str):
         raise SweepError(f"{path}: output: expected a folder or URL for the runs")
     stages = tree.get("stages", list(STAGES))
@@ -109,6 +118,11 @@ def read_sweep(path: str) -> Sweep:
             load_config(sweep.config, sweep.overrides(trial))
         except ConfigError as error:
             raise SweepError(f"{path}: trial {number}: {error}") from error
+        if sweep.metric:
+            try:
+                load_config(sweep.config, [*sweep.overrides(trial), f"finetune.metric={sweep.metric}"])
+            except ConfigError as error:
+                raise SweepError(f"{path}: metric {sweep.metric}: trial {number} does not have it: {error}") from error
     return sweep
 
 
@@ -196,10 +210,16 @@ def _pretraining(config: Config) -> str:
 def run_sweep(sweep: Sweep, storage: Storage) -> tuple[list[dict[str, Any]], list[str]]:
     """Runs what is not finished; (results, best first, and failures). Leaves with status 75 where a run was told to."""
     failures: dict[int, str] = {}
+    broken: dict[str, int] = {}  # trial by folder of a pretraining that failed
     for job in jobs_of(sweep):
+        if job.trial in failures:
+            continue
         settings = " ".join(f"{key}={_argument(value)}" for key, value in sweep.trials[job.trial].items())
         print(f"== trial {job.trial} of {len(sweep.trials)}, {job.stage}: {settings}", flush=True)
-        if job.trial in failures:
+        if job.config.finetune.pretrained in broken:
+            first = broken[job.config.finetune.pretrained]
+            failures[job.trial] = f"trial {job.trial}: its pretraining, which is trial {first}'s too, failed"
+            print(f"s3rec: {failures[job.trial]}", file=sys.stderr, flush=True)
             continue
         if _is_finished(job, storage):
             print(f"{job.folder}: finished")
@@ -208,6 +228,8 @@ def run_sweep(sweep: Sweep, storage: Storage) -> tuple[list[dict[str, Any]], lis
         if status == PREEMPTED:
             raise SystemExit(PREEMPTED)
         if status:
+            if job.stage == "pretrain":
+                broken[job.folder] = job.trial
             failures[job.trial] = (
                 f"trial {job.trial}: {job.stage} ended with status {status}: {shlex.join(job.command)}"
             )
@@ -228,10 +250,7 @@ def _value(sweep: Sweep, result: Mapping[str, Any]) -> float:
     metrics = result["metrics"]
     if sweep.stages[-1] == "pretrain":
         return -float(metrics["loss"])
-    metric = _metric(sweep)
-    if metric not in metrics:
-        raise SweepError(f"metric {metric}: the validation has {', '.join(metrics)}; name one of these")
-    return float(metrics[metric])
+    return float(metrics[_metric(sweep)])
 
 
 def _metric(sweep: Sweep) -> str:
@@ -251,24 +270,40 @@ def _same_settings(run: Run, job: Job) -> bool:
 
 
 def _call(command: Sequence[str]) -> int:
-    """A process's exit status. A signal that asks this process to leave asks that one, and is its status."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    """A process's exit status, or that of a run that was told to leave where this process is told so.
+
+    The signal goes to all processes that the command started, and all are waited for: deepspeed's launcher passes none
+    on, and is gone before its processes are."""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     told: list[int] = []
 
     def passed_on(number: int, frame: Any) -> None:
         told.append(number)
-        process.send_signal(number)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
 
-    before = {number: signal.signal(number, passed_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup, jobs of a script
+    before = {number: signal.signal(number, passed_on) for number in heard}
     try:
         status = process.wait()
-        return PREEMPTED if told else status
-    except KeyboardInterrupt:
-        process.wait()  # it has had the signal from the terminal
-        raise
+        deadline = time.monotonic() + _LEAVE_S
+        while told and _has_processes(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if signal.SIGINT in told:
+        raise KeyboardInterrupt
+    return PREEMPTED if told else status
+
+
+def _has_processes(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def as_text(sweep: Sweep, results: Sequence[Mapping[str, Any]]) -> str:
@@ -296,6 +331,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """``s3rec sweep``: status 1 where a trial failed."""
+    plotly()  # a missing library is told before the trials, not after
     sweep, storage = read_sweep(args.file), storage_of(args)
     results, failures = run_sweep(sweep, storage)
     print(as_text(sweep, results))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_popularity_counts_what_the_split_leaves(dataset: Dataset) -> None:
 def test_item_neighbours_are_those_of_the_definition(
     dataset: Dataset, neighbours: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(baselines, "_ITEMS_AT_ONCE", 16)
+    monkeypatch.setattr(baselines, "_PAIRS_AT_ONCE", 500)
     taken = (incidence(dataset) > 0).astype(float)
     users = taken.sum(0)
     similar = (taken.T @ taken) / (np.sqrt(np.outer(users, users)) + 10)
@@ -112,6 +113,16 @@ def test_a_difference_that_every_user_shares_is_sure_and_none_is_not() -> None:
     worse = summary({SASREC: ranks, S3REC: ranks + 9}, config, "shop", "", "")
     assert worse.answer("NDCG@10").startswith("Pretraining costs on shop")
     assert better.metrics[S3REC]["HR@10"].mean == user_metrics(ranks - 1, [10])["HR@10"].mean()
+
+
+@pytest.mark.parametrize(("module", "told"), [("plotly.graph_objects", "plotly"), ("scipy.sparse", "scipy")])
+def test_a_missing_library_is_told_before_training(
+    tmp_path: Path, module: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["compare", "--data", "nowhere", "--output", str(tmp_path / "cmp")]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "pip install 's3rec-dist[report]'" in error and "nowhere" not in error
 
 
 @pytest.mark.slow

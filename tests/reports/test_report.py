@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from browser import open_page
 
 from s3rec_dist.__main__ import main
 from s3rec_dist.config import Config, load_config, to_yaml
-from s3rec_dist.reports.page import report_page
+from s3rec_dist.reports.page import line_style, report_page
 from s3rec_dist.reports.runs import ReportError, differences, read_runs
 from s3rec_dist.storage import Storage
 
@@ -77,6 +78,7 @@ def test_runs_of_one_name_are_told_apart_and_their_settings_compared(tmp_path: P
         ("missing", r"nothing: holds no metrics.jsonl; expected a folder that pretrain or finetune writes"),
         ("settings", r"config.yaml: no such file; expected the settings beside metrics.jsonl"),
         ("metrics", r"metrics.jsonl: not what a run logs"),
+        ("entries", r"metrics.jsonl: not what a run logs"),
     ],
 )
 def test_what_is_no_run_is_named(tmp_path: Path, spoil: str, message: str) -> None:
@@ -87,7 +89,7 @@ def test_what_is_no_run_is_named(tmp_path: Path, spoil: str, message: str) -> No
     elif spoil == "settings":
         (path / "pretrain/config.yaml").unlink()
     else:
-        (path / "pretrain/metrics.jsonl").write_text("hello\n")
+        (path / "pretrain/metrics.jsonl").write_text("hello\n" if spoil == "metrics" else '["a list"]\n')
     with pytest.raises(ReportError, match=message):
         read_runs([str(path)], Storage())
 
@@ -98,6 +100,32 @@ def test_results_of_another_kind_are_named(tmp_path: Path, capsys: pytest.Captur
     assert main(["report", str(tmp_path / "a"), "--results", str(tmp_path / "r.json")]) == 2
     assert "r.json: not what 's3rec evaluate --json' writes" in capsys.readouterr().err
     assert not (tmp_path / "a/report.html").exists()
+
+
+def test_no_winner_is_named_among_what_was_measured_in_different_ways(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", "finetune.metric=HR@10", "evaluation.protocol=sampled", losses=3)
+    write_run(tmp_path / "c", losses=3)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    alike = report_page(read_runs([c, a], Storage()))
+    assert "<tr class=best><td>a</td>" in alike and "Each run at its best MRR" in alike
+    mixed = report_page(read_runs([a, b], Storage()))
+    assert "<tr class=best>" not in mixed
+    assert "a at its best MRR: the item before each user&#x27;s last one, ranked among all items not yet seen" in mixed
+    assert "b at its best HR@10" in mixed and "ranked among 99 sampled items" in mixed
+    results = [{"label": str(i), "metrics": {"MRR": i / 9}, "protocol": f"protocol {i}", "users": 9} for i in range(2)]
+    assert "<tr class=best>" not in report_page(read_runs([a], Storage()), results)
+
+
+def test_every_stage_of_a_run_has_one_line_style_and_other_runs_have_others(tmp_path: Path) -> None:
+    write_run(tmp_path / "tuned")
+    shutil.rmtree(tmp_path / "tuned/pretrain")
+    for i in range(9):
+        write_run(tmp_path / f"{i}")
+    runs = read_runs([str(tmp_path / name) for name in ("tuned", *map(str, range(9)))], Storage())
+    places = {run.label: run.place for run in runs}
+    assert all(run.place == places[run.label] for run in runs) and len(set(places.values())) == 10
+    assert len({tuple(line_style(place).items()) for place in places.values()}) == 10
 
 
 def test_a_page_has_every_part_and_no_markup_of_a_run_s_own(tmp_path: Path) -> None:

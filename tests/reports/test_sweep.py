@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from shop import write_shop
 
 from s3rec_dist.__main__ import main
 from s3rec_dist.config import load_config
+from s3rec_dist.reports import sweep as sweep_module
 from s3rec_dist.reports.sweep import SweepError, jobs_of, read_sweep
 
 SMALL = {
@@ -70,6 +72,8 @@ def test_trials_that_differ_in_fine_tuning_share_one_pretraining(tmp_path: Path)
         ({"list": []}, "list: expected a list of settings"),
         ({"list": [{"finetune.los": "ce"}]}, "trial 0: command line: unknown setting finetune.los; did you mean"),
         ({"list": [{}], "stages": ["train"]}, "stages: expected some of pretrain, finetune"),
+        ({"list": [{}], "launcher": ["deepspeed"]}, "launcher: expected text"),
+        ({"list": [{}], "metric": "NDCG@7"}, "metric NDCG@7: trial 0 does not have it: .*evaluation.cutoffs"),
         ({"list": [{}], "trials": 3}, "unknown key 'trials'"),
         ({"random": {"count": 0, "settings": {"seed": {"choice": [1]}}}}, "random: expected count, at least 1"),
         ({"random": random_of(1, seed={"uniform": [2, 1]})}, r"random: seed: expected choice: \[...\], uniform"),
@@ -106,6 +110,50 @@ def test_an_agent_s_run_has_its_folder_and_its_id(repository: Path, tmp_path: Pa
     ).stdout
     config = yaml.safe_load(printed)
     assert config["output"] == str(tmp_path / "runs/abc123") and config["tracking"]["wandb"] == "online"
+
+
+def test_what_a_w_b_agent_makes_of_parameters_are_settings() -> None:
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    drawn = {"finetune.learning_rate": {"value": 3.2e-05}, "finetune.loss": {"value": "ce"}}
+    config = load_config(None, utils.create_sweep_command_args({"args": drawn})["args_no_hyphens"])
+    assert config.finetune.learning_rate == 3.2e-05 and config.finetune.loss == "ce"
+
+
+def test_no_trial_is_fine_tuned_from_a_pretraining_that_failed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "launcher.py"
+    script.write_text("import sys\nprint('started', sys.argv[1])\nsys.exit(3)\n")
+    trials = [{"finetune.learning_rate": 0.01}, {"finetune.learning_rate": 0.001}]
+    file = write_sweep(tmp_path / "s.yaml", list=trials, launcher=f"{sys.executable} {script}")
+    assert main(["sweep", file]) == 1
+    out, err = capfd.readouterr()
+    assert out.count("started pretrain") == 1 and "started finetune" not in out
+    assert "trial 1: its pretraining, which is trial 0's too, failed" in err and "no trial is finished" in out
+
+
+def test_a_signal_reaches_what_a_launcher_started_and_is_waited_for(tmp_path: Path) -> None:
+    ready, left = tmp_path / "ready", tmp_path / "left"
+    worker = (
+        "import pathlib, signal, sys, time\n"
+        f"def leave(*_):\n    time.sleep(1)\n    pathlib.Path({str(left)!r}).touch()\n    sys.exit(75)\n"
+        f"signal.signal(signal.SIGTERM, leave)\npathlib.Path({str(ready)!r}).touch()\ntime.sleep(60)\n"
+    )
+    launcher = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {worker!r}]).wait()\n"
+
+    def tell() -> None:
+        deadline = time.monotonic() + 20
+        while not ready.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=tell)
+    thread.start()
+    status = sweep_module._call([sys.executable, "-c", launcher])  # the launcher is gone at once, the worker is not
+    thread.join()
+    assert status == 75 and left.exists() and signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.slow
