@@ -118,11 +118,11 @@ class Recommender:
         """What each of ``items`` has in common with the items of ``history``."""
         vectors = torch.nn.functional.normalize(self.model.item_embedding.weight.detach(), dim=1)
         cosines = (vectors[list(items)] @ vectors[list(history)].T).tolist()
-        distinct = list(dict.fromkeys(reversed(history)))
+        of_history = {item: self.attributes_of(item) for item in reversed(history)}
         found = []
         for item, own in zip(items, cosines, strict=True):
             mine = set(self.attributes_of(item))
-            shared = [(other, [a for a in self.attributes_of(other) if a in mine]) for other in distinct]
+            shared = [(other, [a for a in theirs if a in mine]) for other, theirs in of_history.items()]
             found.append(Reason([(other, both) for other, both in shared if both], own))
         return found
 

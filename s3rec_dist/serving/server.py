@@ -15,13 +15,14 @@ has both.
 """
 
 import argparse
-import asyncio
 import contextlib
 import gc
 import json
+import math
 import signal
+import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -36,8 +37,8 @@ from s3rec_dist.storage import add_storage_argument, storage_of
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-MOST_ITEMS, MOST_BYTES = 10_000, 1 << 20
-"""Of one request: items of a history, bytes of a body."""
+MOST_ITEMS, MOST_EXPLAINED, MOST_BYTES = 10_000, 500, 1 << 20
+"""Of one request: items of a history, those of one that is explained, bytes of a body."""
 _PAGE = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -62,6 +63,8 @@ def make_app(
     """The service of one model."""
     import prometheus_client as prometheus
     from fastapi import FastAPI, Query, Response
+    from fastapi import Request as HTTPRequest
+    from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse, PlainTextResponse
     from pydantic import BaseModel, ConfigDict, Field
 
@@ -78,7 +81,18 @@ def make_app(
         most_waiting=max_waiting,
         on_batch=sizes.observe,
     )
-    prometheus.Gauge("s3rec_waiting", "Requests that wait", registry=registry).set_function(lambda: batcher.waiting)
+    explainer: Batcher[tuple[list[int], list[Recommendation]], dict[str, Any]] = Batcher(
+        lambda asked: [_reasons(recommender, *one) for one in asked], most=1, wait_s=0, most_waiting=max_waiting
+    )
+
+    def waiting() -> int:
+        return batcher.waiting + explainer.waiting
+
+    def note(status: int, took: float) -> None:
+        answered.labels(str(status)).inc()
+        seconds.observe(took)
+
+    prometheus.Gauge("s3rec_waiting", "Requests that wait", registry=registry).set_function(waiting)
 
     RawId = Annotated[str, Field(coerce_numbers_to_str=True, max_length=1000)]
 
@@ -90,20 +104,46 @@ def make_app(
         include_seen: bool = Field(False, description="whether items of the history are candidates too")
         exclude: list[RawId] = Field([], max_length=MOST_ITEMS, description="raw item ids that are no candidates")
         unknown: Literal["error", "skip"] = Field("error", description="what to do with ids that the catalogue lacks")
-        why: bool = Field(False, description="whether to say what the items have in common with the history")
+        why: bool = Field(
+            False,
+            description=f"whether to say what the items have in common with the history, of at most {MOST_EXPLAINED}",
+        )
+
+    class Refused(BaseModel):
+        detail: str
+
+    refused: dict[int | str, dict[str, Any]] = {
+        422: {"model": Refused, "description": "What was asked cannot be answered; the detail says why"}
+    }
+    refused_there = refused | {
+        413: {"model": Refused, "description": f"A body of more than {MOST_BYTES:,} bytes"},
+        503: {"model": Refused, "description": "Too many requests wait; Retry-After says for how many seconds"},
+    }
 
     @contextlib.asynccontextmanager
     async def lifespan(app: "FastAPI") -> AsyncIterator[None]:
         yield
         batcher.close()
+        explainer.close()
 
-    app = FastAPI(title="s3rec_dist", version=s3rec_dist.__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="s3rec_dist",
+        version=s3rec_dist.__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=refused,
+    )
     app.add_middleware(_BoundedBodies)
+    app.add_middleware(_Noted, path="/recommend", note=note)
 
-    @app.post("/recommend")
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: HTTPRequest, error: RequestValidationError) -> Response:
+        return JSONResponse({"detail": _first_fault(error.errors())}, 422)
+
+    @app.post("/recommend", responses=refused_there)
     async def recommend(asked: Asked) -> Response:
         """The best items after a history."""
-        begin = time.perf_counter()
         status, headers = 200, {}
         content: dict[str, Any]
         unknown = [raw for raw in asked.items if raw not in recommender.ids]
@@ -111,6 +151,11 @@ def make_app(
         if unknown and asked.unknown == "error":
             status = 422
             content = {"detail": f"item {unknown[0]!r} is not in the catalogue; take it out, or send unknown: 'skip'"}
+        elif asked.why and len(asked.items) > MOST_EXPLAINED:
+            status = 422
+            content = {
+                "detail": f"why: a history of {len(asked.items):,} items; at most {MOST_EXPLAINED} are explained"
+            }
         elif not history:
             status = 422
             content = {"detail": "none of the items is in the catalogue, so there is no history"}
@@ -120,12 +165,10 @@ def make_app(
                 best = await batcher.ask(Request(history, asked.k, asked.include_seen, excluded))
                 content = {"recommendations": _told(recommender, best), "unknown": unknown}
                 if asked.why:
-                    content |= await asyncio.to_thread(_reasons, recommender, history, best)
+                    content |= await explainer.ask((history, best))
             except Overloaded:
                 status, headers = 503, {"Retry-After": "1"}
                 content = {"detail": f"{max_waiting} requests wait already; try again in a second"}
-        answered.labels(str(status)).inc()
-        seconds.observe(time.perf_counter() - begin)
         return JSONResponse(content, status, headers)
 
     @app.get("/items")
@@ -139,7 +182,7 @@ def make_app(
     async def health() -> Response:
         """Whether the service answers, and from what."""
         manifest = recommender.catalogue.manifest
-        facts = {"status": "ready", "version": s3rec_dist.__version__, "waiting": batcher.waiting}
+        facts = {"status": "ready", "version": s3rec_dist.__version__, "waiting": waiting()}
         return JSONResponse(
             facts | {"dataset": manifest.name, "items": manifest.items, "catalogue": manifest.catalogue}
         )
@@ -197,6 +240,44 @@ def _reasons(recommender: Recommender, history: list[int], best: list[Recommenda
     return {"history": told, "reasons": reasons}
 
 
+def _first_fault(faults: Sequence[Any]) -> str:
+    """What is wrong with a request, without what it sent: that may be large, or no Unicode."""
+    if faults[0]["type"] == "json_invalid":
+        return f"the body is no JSON: {faults[0]['ctx']['error']}, at character {faults[0]['loc'][-1]}"
+    place = ".".join(str(part) for part in faults[0]["loc"] if part != "body")
+    told = f"{place[:100]}: {faults[0]['msg']}" if place else str(faults[0]["msg"])
+    more = f"; {len(faults) - 1} more like it" if len(faults) > 1 else ""
+    return (told + more).encode(errors="backslashreplace").decode()
+
+
+class _Noted:
+    """ASGI middleware: status and seconds of every answer of one path, refusals and failures too."""
+
+    def __init__(self, app: Any, path: str, note: Callable[[int, float], None]) -> None:
+        self._app, self._path, self._note = app, path, note
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"] != self._path:
+            await self._app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 0
+
+        async def noted(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception:
+            status = status or 500
+            raise
+        finally:
+            if status:  # else the client left before it had asked
+                self._note(status, time.perf_counter() - began)
+
+
 class _BoundedBodies:
     """ASGI middleware: a body of more than MOST_BYTES is refused before it is read."""
 
@@ -233,7 +314,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``s3rec serve``."""
     parser.add_argument("model", metavar="MODEL", help="model folder or URL, with its catalogue")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this host only)")
-    parser.add_argument("--port", type=int, default=8080, metavar="N", help="port to listen at (default: 8080)")
+    parser.add_argument(
+        "--port", type=int, default=8080, metavar="N", help="port to listen at; 0: any that is free (default: 8080)"
+    )
     parser.add_argument(
         "--names", default="", metavar="FILE", help="what items are called: Parquet, CSV, JSONL, or RecBole's NAME.item"
     )
@@ -274,6 +357,12 @@ def run(args: argparse.Namespace) -> None:
     for name in ("k_max", "max_batch", "max_waiting"):
         if getattr(args, name) < 1:
             raise ServeError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+    if args.threads < 0:
+        raise ServeError(f"--threads {args.threads}: expected at least 1, or 0 for torch's own choice")
+    if not 0 <= args.max_wait_ms < math.inf:
+        raise ServeError(f"--max-wait-ms {args.max_wait_ms}: expected 0 or more")
+    if not 0 <= args.port <= 65535:
+        raise ServeError(f"--port {args.port}: expected 0 (any that is free) to 65535")
     if args.threads:
         torch.set_num_threads(args.threads)
     storage = storage_of(args)
@@ -288,16 +377,26 @@ def run(args: argparse.Namespace) -> None:
     )
     config = uvicorn.Config(
         app,
-        args.host,
-        args.port,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=10,
         server_header=False,
     )
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn ends well, and then raises the signal again
-        signal.signal(number, lambda *_: None)
+    server, listener = uvicorn.Server(config), _listen(args.host, args.port)
+    for number in (signal.SIGTERM, signal.SIGINT):  # before uvicorn listens to them, and when it raises them again
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     gc.collect()
     gc.freeze()  # else each collection goes through all that was imported, while requests wait
-    print(f"serving {recommender.catalogue.manifest.name} on http://{args.host}:{args.port}", flush=True)
-    uvicorn.Server(config).run()
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    name, port = recommender.catalogue.manifest.name, listener.getsockname()[1]
+    print(f"serving {name} on http://{host}:{port}", flush=True)
+    server.run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens already, so that who reads the address may connect."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ServeError(f"cannot listen: {error.strerror}; take another --host or --port") from error

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import importlib.util
 import signal
+import socket
 import sys
 import threading
 import time
@@ -140,13 +141,29 @@ def test_seen_items_come_back_where_they_may(client: Any) -> None:
         ({"items": []}, 422, "at least 1 item"),
         ({"items": ["i1"], "k": 21}, 422, "less than or equal to 20"),
         ({"items": ["i1"] * 10_001}, 422, "at most 10000 items"),
-        ({"items": ["i1"], "kay": 5}, 422, "Extra inputs are not permitted"),
+        ({"items": ["i1"], "kay": 5}, 422, "kay: Extra inputs are not permitted"),
+        ({"items": ["i1"] * 501, "why": True}, 422, "why: a history of 501 items; at most 500 are explained"),
+        ({"items": [None] * 9}, 422, "items.0: Input should be a valid string; 8 more like it"),
         ({"items": ["x" * 1000] * 2000}, 413, "the body is larger than 1,048,576 bytes"),
     ],
 )
 def test_a_request_that_cannot_be_answered_is_told_why(client: Any, asked: Any, status: int, says: str) -> None:
     response = client.post("/recommend", json=asked)
     assert response.status_code == status and says in response.text
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"items": ["\\ud800"]}', "items.0: Input should be a valid string"),
+        (b'{"items": ["i1"], "\\ud800": 1}', "Input should be a valid string"),
+        (b'{"items": ["i1"], "k": NaN}', "k: Input should be a finite number"),
+        (b'{"items": ["i1"', "the body is no JSON"),
+    ],
+)
+def test_what_no_answer_can_repeat_is_refused_without_repeating_it(client: Any, body: bytes, says: str) -> None:
+    response = client.post("/recommend", content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 422 and says in response.json()["detail"]
 
 
 def test_unknown_items_are_skipped_where_asked_and_named(client: Any) -> None:
@@ -200,12 +217,16 @@ def test_items_are_found_by_id_and_name_the_popular_first(client: Any) -> None:
 def test_health_and_metrics_are_for_operators(client: Any) -> None:
     client.post("/recommend", json={"items": ["i1"]})
     client.post("/recommend", json={"items": ["nope"]})
+    client.post("/recommend", json={"items": ["i1"], "k": 21})
+    client.post("/recommend", json={"items": ["x" * 1000] * 2000})
     health = client.get("/health").json()
     assert (health["status"], health["items"], health["waiting"]) == ("ready", N, 0)
     text = client.get("/metrics").text
     for line in (
         's3rec_requests_total{status="200"} 1.0',
-        's3rec_requests_total{status="422"} 1.0',
+        's3rec_requests_total{status="422"} 2.0',
+        's3rec_requests_total{status="413"} 1.0',
+        "s3rec_seconds_count 4.0",
         "s3rec_batch_count 1",
     ):
         assert line in text
@@ -346,6 +367,53 @@ def test_the_service_serves_a_page_and_ends_well(folder: str, tmp_path: Path) ->
         printed = server.communicate(timeout=30)[0]
     assert server.returncode == 0, printed
     assert printed.splitlines() == [f"serving toy on {url}"]
+
+
+def test_a_service_told_to_end_as_soon_as_it_says_where_it_is_ends(folder: str) -> None:
+    server = start_process([sys.executable, "-m", "s3rec_dist", "serve", folder, "--port", "0", "--threads", "1"], {})
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+    finally:
+        server.kill()
+        server.communicate()
+    assert 0 < int(line.rpartition(":")[2]) <= 65535
+
+
+@pytest.fixture
+def never_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: Any, sockets: Any = None) -> None:
+        raise AssertionError("it served")
+
+    monkeypatch.setattr("uvicorn.Server.run", run)
+
+
+@pytest.mark.usefixtures("never_serves")
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--port", "70000"], "--port 70000: expected 0 (any that is free) to 65535"),
+        (["--threads", "-1"], "--threads -1: expected at least 1, or 0 for torch's own choice"),
+        (["--max-wait-ms", "nan"], "--max-wait-ms nan: expected 0 or more"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(
+    folder: str, options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", folder, *options]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("never_serves")
+def test_a_port_that_is_taken_is_told_before_anything_is_served(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", folder, "--port", str(taken.getsockname()[1])]) == 2
+    printed = capsys.readouterr()
+    assert "cannot listen: Address already in use" in printed.err and not printed.out
 
 
 @pytest.mark.slow
