@@ -102,7 +102,7 @@ def figure(traces: Sequence[Any], title: str, x: str, y: str, **layout: Any) -> 
             "yaxis": {"title": {"text": escape(y)}, **axis},
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
-            "font": {"color": "#808080"},
+            "font": {"color": "#767676"},
             "margin": {"l": 60, "r": 10, "t": 45, "b": 45},
             "height": 320,
             "legend": {"orientation": "h", "y": -0.25},

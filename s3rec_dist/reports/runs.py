@@ -57,7 +57,7 @@ class Run:
     def status(self) -> str:
         """``finished``, ``failed``, ``preempted`` or, where nothing was said at an end, ``running or killed``."""
         ends = [entry for entry in self.entries if entry.get("event") in ("start", "end")]
-        return str(ends[-1]["status"]) if ends and ends[-1]["event"] == "end" else "running or killed"
+        return str(ends[-1].get("status", "ended")) if ends and ends[-1]["event"] == "end" else "running or killed"
 
     def best(self) -> Mapping[str, float]:
         """The validation metrics of the epoch that was kept, or of the last one validated."""
