@@ -15,6 +15,7 @@ has both.
 """
 
 import argparse
+import asyncio
 import contextlib
 import gc
 import json
@@ -176,7 +177,8 @@ def make_app(
         q: Annotated[str, Query(max_length=200)] = "", limit: Annotated[int, Query(ge=1, le=100)] = 20
     ) -> Response:
         """Items whose id or name holds a text, the most popular first."""
-        return JSONResponse({"items": [_item(recommender, item) for item in recommender.search(q, limit)]})
+        found = await asyncio.to_thread(recommender.search, q, limit)  # goes through the whole catalogue
+        return JSONResponse({"items": [_item(recommender, item) for item in found]})
 
     @app.get("/health")
     async def health() -> Response:

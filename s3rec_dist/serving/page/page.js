@@ -117,6 +117,8 @@ async function changed() {
     showBest(answer, performance.now() - began);
   } catch (error) {
     if (question !== asked) return;
+    byId("best").replaceChildren();
+    byId("took").textContent = "";
     byId("problem").textContent = error.message;
     byId("problem").hidden = false;
   }
