@@ -296,7 +296,9 @@ class WandbTracker(Tracker):
             self._run = wandb.init(mode=config.tracking.wandb, **options)
         except wandb.errors.CommError as error:
             warnings.warn(f"W&B is not reached, the run is recorded for 'wandb sync' in {folder}: {hide(str(error))}")
-            self._run = _init_offline(options)
+            wandb.teardown()  # the service holds on to the run's id, and outlives this where a parent process began it
+            os.environ.pop("WANDB_SERVICE", None)
+            self._run = wandb.init(mode="offline", **options)
         # Our own step counts: W&B's would refuse the steps that a resumed run trains again.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -324,22 +326,6 @@ class WandbTracker(Tracker):
         except Exception as error:
             self._on = False
             warnings.warn(f"W&B is off for the rest of this run, metrics.jsonl has everything: {hide(str(error))}")
-
-
-def _init_offline(options: Mapping[str, Any]) -> Any:
-    """A run that is recorded here. The service of an attempt that failed holds on to the run's id, on a busy machine
-    for a moment after it was ended."""
-    import wandb
-
-    until = time.monotonic() + WANDB_INIT_S
-    while True:
-        wandb.teardown()
-        try:
-            return wandb.init(mode="offline", **options)
-        except Exception as error:
-            if "is in use" not in str(error) or time.monotonic() > until:
-                raise
-        time.sleep(0.5)
 
 
 def open_tracker(config: Config, stage: str, folder: Path, rank: int = 0) -> Tracker:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import wandb
 from processes import start_process, wait_for
 from runs import arguments, curve, events
 from wandb_server import WandbServer, serve_wandb
@@ -59,8 +61,14 @@ def test_a_server_that_dies_stops_nothing(dataset: Path, tmp_path: Path) -> None
 
 
 def test_a_server_that_is_not_there_leaves_an_offline_run(dataset: Path, tmp_path: Path) -> None:
-    with serve_wandb() as server:
-        server.refuse()
-        printed = train(dataset, tmp_path, server, wait=6)
+    """Also where a parent process has a W&B service, which holds on to the run's id."""
+    wandb.setup()
+    assert os.environ["WANDB_SERVICE"]  # for child processes
+    try:
+        with serve_wandb() as server:
+            server.refuse()
+            printed = train(dataset, tmp_path, server, wait=2)
+    finally:
+        wandb.teardown()
     assert "pretrain done" in printed and "W&B is not reached" in printed
     assert list((tmp_path / "pretrain").glob("wandb/offline-run-*/run-*.wandb")), printed
