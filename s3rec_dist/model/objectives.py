@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,10 @@ import torch.nn.functional as F
 
 LOGITS_PER_CHUNK = 1 << 22
 """Logits of a softmax loss that exist at a time."""
+
+LEAST_ROWS = 64
+"""Rows of a softmax loss that are worth a product with all classes; where not even these fit a chunk, classes too are
+taken by tiles, and all logits computed twice."""
 
 
 def pairwise_loss(positive: torch.Tensor, negative: torch.Tensor, kind: str) -> torch.Tensor:
@@ -29,33 +34,51 @@ def binary_loss(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
 def softmax_loss(hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of ``hidden`` [M, E] against every row of ``table`` [N, E], summed; ``targets`` int64 [M].
 
-    In chunks: nothing of size [M, N] is kept.
+    In tiles of ``LOGITS_PER_CHUNK`` logits: besides the gradients, and in 16 bits that of the table in fp32, nothing
+    grows with M or N. Cut Cross-Entropy and Liger, which do as much, are Triton kernels without a form for the CPU.
     """
     loss: torch.Tensor = _SoftmaxLoss.apply(hidden, table, targets)
     return loss
 
 
 class _SoftmaxLoss(torch.autograd.Function):
-    """Computes the gradients in the forward pass, while the logits are there."""
+    """Computes the gradients in the forward pass. Where a tile of rows takes several of classes, a first pass over them
+    finds the log-sum-exp, and a second one computes the logits anew."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, table: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        chunk = max(LOGITS_PER_CHUNK // len(table), 1)
+        height, width = _tile(len(hidden), len(table), hidden.device)
+        tiles = [slice(start, start + width) for start in range(0, len(table), width)]
         needs_grad = any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_table = torch.zeros_like(table, dtype=torch.float32) if needs_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), chunk):
-            part, target = hidden[start : start + chunk], targets[start : start + chunk, None]
-            logits = (part @ table.T).float()
-            log_sum = logits.logsumexp(1, keepdim=True)
-            loss += (log_sum - logits.gather(1, target)).sum()
-            if grad_hidden is not None and grad_table is not None:
+        for start in range(0, len(hidden), height):
+            rows = slice(start, start + height)
+            part, target = hidden[rows], targets[rows, None]
+            # fp64, since a sum that grows tile by tile loses what small tiles add
+            total = torch.full(target.shape, -torch.inf, dtype=torch.float64, device=hidden.device)
+            score = torch.zeros(target.shape, dtype=torch.float32, device=hidden.device)
+            for tile in tiles:
+                logits = (part @ table[tile].T).float()
+                total = torch.logaddexp(total, logits.logsumexp(1, keepdim=True).double())
+                place, is_inside = _place_in(tile, target, logits.shape[1])
+                score = torch.where(is_inside, logits.gather(1, place), score)
+            log_sum = total.float()
+            loss += (log_sum - score).sum()
+            if grad_hidden is None or grad_table is None:
+                continue
+            grad_part = torch.zeros_like(part, dtype=torch.float32)
+            for tile in tiles:
+                if len(tiles) > 1:
+                    logits = (part @ table[tile].T).float()
                 logits.sub_(log_sum).exp_()
-                logits.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
+                place, is_inside = _place_in(tile, target, logits.shape[1])
+                logits.scatter_add_(1, place, -is_inside.float())
                 grad = logits.to(hidden.dtype)
-                torch.mm(grad, table, out=grad_hidden[start : start + chunk])
-                grad_table += grad.T @ part
+                grad_part += grad @ table[tile]
+                grad_table[tile] += grad.T @ part
+            grad_hidden[rows] = grad_part
         if grad_hidden is not None and grad_table is not None:
             ctx.save_for_backward(grad_hidden, grad_table.to(table.dtype))
         return loss
@@ -64,6 +87,21 @@ class _SoftmaxLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         grad_hidden, grad_table = ctx.saved_tensors
         return (grad_hidden * grads[0]).to(grad_hidden.dtype), (grad_table * grads[0]).to(grad_table.dtype), None
+
+
+def _tile(rows: int, classes: int, device: torch.device) -> tuple[int, int]:
+    """(rows, classes) of which logits exist at a time: all classes where they leave room for enough rows, else a
+    square, on a CPU one that its cache holds."""
+    if classes <= LOGITS_PER_CHUNK // max(min(rows, LEAST_ROWS), 1):
+        return LOGITS_PER_CHUNK // max(classes, 1), max(classes, 1)
+    side = max(math.isqrt(LOGITS_PER_CHUNK) // (4 if device.type == "cpu" else 1), 1)
+    return side, side
+
+
+def _place_in(tile: slice, targets: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where in a tile of ``size`` classes the targets are, and whether they are; one that is not has any place."""
+    place = targets - tile.start
+    return place.clamp(0, size - 1), (place >= 0) & (place < size)
 
 
 def sampled_softmax_loss(
