@@ -267,8 +267,9 @@ class FinetuneConfig(StageConfig):
     against an estimate of that from ``negatives`` items."""
     negatives: int = 1024
     """Items that ``sampled_ce`` draws for a step; all positions of the global batch share them."""
-    negative_sampling: Literal["uniform", "popularity"] = "uniform"
-    """How ``sampled_ce`` draws: all items alike, or as often as they are taken."""
+    negative_sampling: Literal["uniform", "popularity", "in_batch"] = "uniform"
+    """How ``sampled_ce`` draws: from all items alike, from all as often as they are taken, or from the targets of the
+    global batch."""
     positions: Literal["all", "last"] = "all"
     """Positions that are trained on."""
     metric: str = "MRR"

@@ -61,7 +61,7 @@ class Steps:
         packed = next(self._batches)
         clock.enter("reconstruct")
         result = self.engine.step(
-            [task.batch(part, 0) for part in packed.split(task.stage.gradient_accumulation)],
+            task.batches(packed, 0, self.engine),
             count=max(task.count(packed), 1),
             learning_rate=task.stage.learning_rate,
             dropout_seed=task.dropout_seed(self._step),

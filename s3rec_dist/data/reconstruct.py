@@ -67,6 +67,8 @@ class FinetuneBatch:
     """int32 [T]: an item that is not in the sample, for each place."""
     sample_keys: torch.Tensor
     """int64 [B]: hash keys of the samples, for dropout."""
+    step_targets: torch.Tensor | None = None
+    """int32 [P]: the targets of the step's global batch in any order, and zeros; where negatives are drawn of them."""
 
     def __len__(self) -> int:
         return len(self.sample_keys)
@@ -182,13 +184,33 @@ def finetune_batch(packed: PackedSequences, *, n_items: int, key: int) -> Finetu
 def shared_negatives(count: int, n_items: int, key: int, shares: torch.Tensor | None, device: Any) -> SharedNegatives:
     """``count`` items, a function of ``key``: all 1..``n_items`` alike, or as ``shares`` says, fp64 [N], which add up
     to 1."""
-    bits = hash64(torch.full((count,), key, dtype=torch.int64, device=device), torch.arange(count, device=device))
+    bits = _words(count, key, device)
     if shares is None:
         items = uniform_below(bits, n_items) + 1
         return SharedNegatives(items, torch.full((count,), math.log(count / n_items), device=device))
     place = ((bits >> 11) & (2**53 - 1)).double() / 2**53
     items = torch.searchsorted(shares.cumsum(0), place, right=True).clamp(max=n_items - 1)
     return SharedNegatives(items + 1, (shares[items] * count).log().float())
+
+
+def in_batch_negatives(count: int, targets: torch.Tensor, key: int, shares: torch.Tensor) -> SharedNegatives:
+    """``count`` of a global batch's ``targets`` [P], zeros aside; a function of ``key`` and of the targets in ascending
+    order, so that it does not matter which rank has which.
+
+    ``shares``, fp64 [N], are the items' shares of all interactions: about the probability that a target of a batch is
+    this item, were its sequences chosen at random. A batch without targets yields item 1.
+    """
+    bits = _words(count, key, targets.device)
+    ordered = targets.long().sort().values
+    none = (ordered == 0).sum()
+    at = none + uniform_below(bits, (len(ordered) - none).clamp(min=1))
+    items = F.pad(ordered, (0, 1)).index_select(0, at).clamp(min=1)
+    return SharedNegatives(items, (shares[items - 1] * count).log().float())
+
+
+def _words(count: int, key: int, device: Any) -> torch.Tensor:
+    """Hashes of (``key``, 0), (``key``, 1), ..., int64 [``count``]."""
+    return hash64(torch.full((count,), key, dtype=torch.int64, device=device), torch.arange(count, device=device))
 
 
 class _Layout:

@@ -15,12 +15,14 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 import s3rec_dist
@@ -32,6 +34,7 @@ from s3rec_dist.data.reconstruct import (
     PretrainBatch,
     SharedNegatives,
     finetune_batch,
+    in_batch_negatives,
     pretrain_batch,
     pretrain_sizes,
     shared_negatives,
@@ -168,26 +171,59 @@ class Task:
             sizes=None if on_cpu else pretrain_sizes(packed, mask_ratio=mask_ratio, key=key),
         )
 
+    def batches(self, packed: PackedSequences, epoch: int, engine: Engine) -> list[Any]:
+        """This rank's micro-batches of a step."""
+        batches: list[Any] = [self.batch(part, epoch) for part in packed.split(self.stage.gradient_accumulation)]
+        if self.name == "pretrain" or not self._is_in_batch:
+            return batches
+        targets = own = self._targets(packed, engine.world.size)
+        if engine.world.size > 1:
+            targets = own.new_empty(engine.world.size * len(own))
+            with engine.clock.during("communication"):
+                dist.all_gather_into_tensor(targets, own)
+        return [replace(batch, step_targets=targets) for batch in batches]
+
+    def _targets(self, packed: PackedSequences, world_size: int) -> torch.Tensor:
+        """int32 on the device: the targets of ``packed``, filled up with zeros to what a rank has at most."""
+        last_only = self.config.finetune.positions == "last"
+        is_target = torch.full(packed.items.shape, not last_only)
+        is_target[packed.offsets[1:].long() - 1 if last_only else packed.offsets[:-1].long()] = last_only
+        found = packed.items[is_target]
+        most = self.stage.batch_size // world_size * (1 if last_only else self.spec.max_items - 1)
+        targets = F.pad(found, (0, most - len(found)))
+        return (targets.pin_memory() if self.device.type == "cuda" else targets).to(self.device, non_blocking=True)
+
+    @property
+    def _is_in_batch(self) -> bool:
+        config = self.config.finetune
+        return config.loss == "sampled_ce" and config.negative_sampling == "in_batch"
+
     def losses(self, model: S3Rec, batch: Any, dropout_seed: int | None) -> Losses:
         """The stage's loss sums."""
         if self.name == "pretrain":
             return model.pretrain_losses(batch, dropout_seed)
-        return model.finetune_losses(batch, dropout_seed, self._shared_negatives(dropout_seed))
+        return model.finetune_losses(batch, dropout_seed, self._shared_negatives(batch, dropout_seed))
 
-    def _shared_negatives(self, step_seed: int | None) -> SharedNegatives | None:
+    def _shared_negatives(self, batch: FinetuneBatch, step_seed: int | None) -> SharedNegatives | None:
         """Those of a step, the same on every rank."""
         config = self.config.finetune
         if config.loss != "sampled_ce":
             return None
         key = key_of(step_seed or 0, _NEGATIVES_KEY)
+        if batch.step_targets is not None:
+            assert self._shares is not None
+            return in_batch_negatives(config.negatives, batch.step_targets, key, self._shares)
         return shared_negatives(config.negatives, self.dataset.n_items, key, self._shares, self.device)
 
     @cached_property
     def _shares(self) -> torch.Tensor | None:
-        """fp64 [N]: the share of all interactions that each item has, where negatives are drawn by popularity."""
+        """fp64 [N]: the share of all interactions that each item has, where negatives are drawn by popularity; or
+        by batch, where one that another dataset of a mix has alone counts as taken once."""
         if self.config.finetune.negative_sampling == "uniform":
             return None
         counts = torch.from_numpy(self.dataset.items_table().column("count").to_numpy().astype(np.float64))
+        if self._is_in_batch:
+            counts.clamp_(min=1)
         return (counts / counts.sum()).to(self.device)
 
     def dropout_seed(self, step: int) -> int:
@@ -472,7 +508,7 @@ class _Training:
             rate = learning_rate(stage, self.step, self.total_steps)
             is_logged = (self.step + 1) % stage.log_every_steps == 0 or self.step + 1 == self.total_steps
             result = self.engine.step(
-                [task.batch(part, epoch) for part in packed.split(stage.gradient_accumulation)],
+                task.batches(packed, epoch, self.engine),
                 count=self.global_count(packed, order.batch_samples(in_epoch)),
                 learning_rate=rate,
                 dropout_seed=task.dropout_seed(self.step),

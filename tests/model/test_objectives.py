@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s3rec_dist.data.reconstruct import shared_negatives
+from s3rec_dist.data.reconstruct import in_batch_negatives, shared_negatives
 from s3rec_dist.model import objectives
 from s3rec_dist.model.objectives import binary_loss, pairwise_loss, sampled_softmax_loss, softmax_loss
 
@@ -271,3 +271,32 @@ def test_items_are_drawn_as_often_as_they_are_to_be_and_alike_for_a_key() -> Non
     assert torch.allclose(uniform.items.bincount(minlength=5)[1:] / 80_000, torch.tensor(0.25), atol=0.01)
     assert torch.equal(shared_negatives(80_000, 4, 7, None, "cpu").items, uniform.items)
     assert not torch.equal(shared_negatives(80_000, 4, 8, None, "cpu").items, uniform.items)
+
+
+def test_in_batch_negatives_are_targets_of_the_batch_however_they_lie_on_ranks() -> None:
+    shares = torch.tensor([0.5, 0.1, 0.1, 0.3], dtype=torch.float64)
+    targets = torch.tensor([4, 1, 1, 3], dtype=torch.int32)
+    drawn = in_batch_negatives(80_000, targets, 7, shares)
+    frequency = drawn.items.bincount(minlength=5)[1:] / 80_000
+    assert torch.allclose(frequency, torch.tensor([0.5, 0.0, 0.25, 0.25]), atol=0.01)
+    assert torch.allclose(drawn.log_expected.exp(), 80_000 * shares[drawn.items - 1].float())
+    other = in_batch_negatives(80_000, torch.tensor([0, 1, 4, 0, 0, 3, 1]), 7, shares)
+    assert torch.equal(drawn.items, other.items)
+    assert not torch.equal(drawn.items, in_batch_negatives(80_000, targets, 8, shares).items)
+    for none in (targets[:0], torch.zeros(5, dtype=torch.int32)):
+        nothing = in_batch_negatives(3, none, 7, shares)
+        assert nothing.items.tolist() == [1, 1, 1] and nothing.log_expected.isfinite().all()
+
+
+def test_the_loss_against_the_targets_of_large_batches_comes_near_the_exact_one() -> None:
+    """Batches are drawn by popularity here, as sequences taken at random have their items."""
+    shares = torch.tensor([0.4, 0.05, 0.15, 0.2, 0.2], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    hidden, table, targets = normal(6, 8, seed=1), normal(5, 8, seed=2), torch.arange(6) % 5
+    exact = with_gradients(lambda h, t: softmax_loss(h, t, targets), hidden, table)
+    batch = shares.multinomial(40_000, replacement=True, generator=generator) + 1
+    shared = in_batch_negatives(40_000, batch, 5, shares)
+    found = with_gradients(lambda h, t: sampled(h, t, targets, shared.items - 1, shared.log_expected), hidden, table)
+    assert float(found[0]) == pytest.approx(float(exact[0]), rel=0.01)
+    for ours, theirs in zip(found[1:], exact[1:], strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < 0.05

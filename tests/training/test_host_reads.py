@@ -7,6 +7,7 @@ same path on them. DeepSpeed, which does not run on them, is watched on the CPU 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -27,6 +28,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "pretrain": {},
     "finetune": {},
     "finetune bpr": {"finetune__loss": "bpr"},
+    "finetune sampled_ce in_batch": {"finetune__loss": "sampled_ce", "finetune__negative_sampling": "in_batch"},
     "finetune ce, last positions": {"finetune__loss": "ce", "finetune__positions": "last"},
 }
 
@@ -53,8 +55,8 @@ def test_batch_losses_and_gradients_are_made_without_a_host_read(
     packed = next(stream.iterate(0))
     stream.close()
     with backends.forced_backend(backend):
-        for part in packed.split(task.stage.gradient_accumulation):
-            losses = task.losses(model, task.batch(part, 0), task.dropout_seed(3))
+        for batch in task.batches(packed, 0, cast(Any, SimpleNamespace(world=World(0, 0, 1, META)))):
+            losses = task.losses(model, batch, task.dropout_seed(3))
             (losses.total / task.count(packed)).backward()
     assert {parameter.grad.device for parameter in model.parameters() if parameter.grad is not None} == {META}
     assert all(term.device == META for term in losses.terms.values())
