@@ -141,6 +141,21 @@ class ModelConfig:
     attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
     """Backend of attention and of the operators around it, which have only ``triton`` and plain PyTorch; ``auto``
     picks the fastest for the device."""
+    item_table: Literal["dense", "sharded"] = "dense"
+    """``dense``: every rank holds all items, which is faster up to some 100,000 of them; ``sharded``: each holds its
+    part, and a step costs what the rows cost that it touches."""
+    item_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of a sharded table's rows; bf16 is rounded at random, so that small steps count."""
+    item_device: Literal["auto", "cpu"] = "auto"
+    """Where a sharded table lies: ``auto`` is where training is, ``cpu`` the host's memory."""
+    item_capacity: int = 0
+    """Rows of a sharded table, over all ranks; beyond it those that were used least recently are forgotten. 0 has room
+    for all items."""
+    item_features: Literal["none", "add"] = "none"
+    """``add``: an item's vector is its own row plus a learned map of the mean of its attributes' vectors, so that items
+    never trained on are ranked by their attributes."""
+    item_id_dropout: float = 0.1
+    """With ``item_features=add``, probability that a training step leaves an item's own row out."""
     activation_checkpointing: bool = False
     """Keep only the blocks' inputs for the backward pass, which computes the rest again: less memory, more time."""
 
@@ -152,8 +167,9 @@ class ModelConfig:
                 f"model.heads={self.heads} does not divide model.hidden_size={self.hidden_size}; "
                 "choose a head count that does"
             )
-        for name in ("hidden_dropout", "attention_dropout"):
+        for name in ("hidden_dropout", "attention_dropout", "item_id_dropout"):
             _within(f"model.{name}", getattr(self, name), 0.0, 0.99)
+        _at_least("model.item_capacity", self.item_capacity, 0)
         for name in ("layer_norm_eps", "initializer_range"):
             _at_least(f"model.{name}", getattr(self, name), 0)
 
@@ -172,6 +188,11 @@ class StageConfig:
     """What one user contributes to an epoch."""
     learning_rate: float = 1e-3
     """Adam's peak learning rate."""
+    item_optimizer: Literal["lazy_adam", "adagrad", "rowwise_adagrad", "sgd"] = "lazy_adam"
+    """Of a sharded item table: it changes only rows that a step has touched. ``lazy_adam`` keeps two numbers beside
+    each of a row's, ``adagrad`` one, ``rowwise_adagrad`` one a row."""
+    item_learning_rate: float = 0.0
+    """Peak learning rate of a sharded item table, under the same schedule; 0 takes ``learning_rate``."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Adam's moment decay rates."""
     adam_eps: float = 1e-8
@@ -183,7 +204,7 @@ class StageConfig:
     warmup_steps: int = 0
     """Steps over which the learning rate rises from zero."""
     gradient_clipping: float = 0.0
-    """Largest global gradient norm; 0 is off."""
+    """Largest global gradient norm, and of a sharded table's gradient by itself; 0 is off."""
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped because a loss or the gradient is not a finite number; then the run goes back
     to its last checkpoint, and where it has done that in vain, stops."""
@@ -212,6 +233,7 @@ class StageConfig:
         ):
             _at_least(f"{section}.{name}", getattr(self, name), 1)
         _within(f"{section}.learning_rate", self.learning_rate, 0.0, 10.0)
+        _within(f"{section}.item_learning_rate", self.item_learning_rate, 0.0, 100.0)
         for beta in self.adam_betas:
             if not 0 <= beta < 1:
                 raise ConfigError(f"{section}.adam_betas={list(self.adam_betas)}: expected values from 0 to below 1")
@@ -404,6 +426,11 @@ class Config:
                     f"data.streams={streams} does not divide {stage._section}.batch_size={stage.batch_size}; "
                     "leave data.streams=0 or choose a divisor of both batch sizes"
                 )
+        if self.model.item_table == "sharded" and self.finetune.loss == "ce":
+            raise ConfigError(
+                "finetune.loss=ce needs all items at each step, which model.item_table=sharded has in no one place; "
+                "use finetune.loss=sampled_ce"
+            )
         metric = self.finetune.metric
         name, _, cutoff = metric.partition("@")
         if metric != "MRR" and (name not in ("HR", "NDCG") or not cutoff.isdigit()):

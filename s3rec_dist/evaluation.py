@@ -12,12 +12,14 @@ The encoder sees the history's latest ``max_length`` items, but all of it counts
 
 A rank is the count of candidates scored higher by more than rounding, so ties favour the held-out item. Over
 several processes each ranks its own part of the rows. Memory is bounded by ``batch_users`` x ``item_chunk`` scores:
-the full protocol needs no more than how many scores are higher, less those of seen items.
+the full protocol needs no more than how many scores are higher, less those of seen items. Where the items of a model
+are cut over the processes, all rank the same users, each among its own items.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -40,6 +42,8 @@ from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.hashing import hash64, key_of, uniform_below
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
+from s3rec_dist.tables import ShardedTable
+from s3rec_dist.tables.scored import ItemShard, Scored, WholeItems
 from s3rec_dist.training.engine import gather, start, together
 
 Split = Literal["validation", "test"]
@@ -108,16 +112,16 @@ class HeldOut:
     """Their rows in the dataset, int64 [B]."""
 
 
-Ranker = Callable[[HeldOut, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(batch, user vectors [B, E], item vectors [N, E], target ids [B]) -> ranks [B] from 0, int64."""
+Ranker = Callable[[HeldOut, torch.Tensor, Scored, torch.Tensor], torch.Tensor]
+"""(batch, user vectors [B, E], items, target ids [B]) -> ranks [B] from 0, int64."""
 
-Scorer = Callable[[Histories], tuple[torch.Tensor, torch.Tensor]]
-"""Histories -> user vectors [B, E] and item vectors [N, E], whose products are the scores; row i is item i + 1."""
+Scorer = Callable[[Histories], tuple[torch.Tensor, Scored]]
+"""Histories -> user vectors [B, E] and items, with the products of whose vectors they are scored."""
 
 
 def model_scorer(model: S3Rec, dataset: Dataset, device: torch.device | str) -> Scorer:
     """The scores of a model. Raises :class:`EvaluationError` where it does not fit or has diverged."""
-    items = item_vectors(model, dataset.n_items, dataset.path)
+    items = scored_items(model, dataset.n_items, dataset.path)
     return lambda histories: (user_vectors(model, histories, device), items)
 
 
@@ -130,14 +134,16 @@ def evaluate(
     cutoffs = tuple(dict.fromkeys(config.cutoffs))
     sums = torch.zeros(2 * len(cutoffs) + 1, dtype=torch.float64, device=device)
     ranked = 0
-    with together(), torch.no_grad():
+    is_cut = isinstance(model.item_rows, ShardedTable)  # over the ranks: then all rank all users
+    with together():
         scorer = model_scorer(model, dataset, device)
         rank_of, protocol = _ranker(dataset, config, split)
-        for _, ranks in _ranked(scorer, rank_of, dataset, config, split):
+    with contextlib.nullcontext() if is_cut else together(), torch.no_grad():
+        for _, ranks in _ranked(scorer, rank_of, dataset, config, split, whole=is_cut):
             sums += metric_sums(ranks, cutoffs)
             ranked += len(ranks)
     sums = torch.cat((sums, sums.new_tensor([ranked])))
-    if world_size > 1:
+    if world_size > 1 and not is_cut:
         dist.all_reduce(sums)
     ranked = int(sums[-1].item())  # all users but those of damaged shards that were left out
     if not ranked:
@@ -159,10 +165,11 @@ def user_ranks(scorer: Scorer, dataset: Dataset, config: EvaluationConfig, split
 
 
 def _ranked(
-    scorer: Scorer, rank_of: Ranker, dataset: Dataset, config: EvaluationConfig, split: Split
+    scorer: Scorer, rank_of: Ranker, dataset: Dataset, config: EvaluationConfig, split: Split, *, whole: bool = False
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """(rows [B], ranks [B]) of this process's share of the users."""
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    """(rows [B], ranks [B]) of this process's share of the users, or of the whole of them."""
+    is_shared = dist.is_initialized() and not whole
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_shared else (0, 1)
     for batch in held_out(dataset, split, config.batch_users, rank, world_size):
         users, items = scorer(batch.histories)
         targets = torch.from_numpy(batch.targets).to(users.device)
@@ -213,18 +220,31 @@ def held_out(dataset: Dataset, split: Split, batch_users: int, rank: int = 0, wo
             )
 
 
+def scored_items(model: S3Rec, n_items: int, source: str) -> Scored:
+    """A model's items; ``source`` names what has ``n_items`` of them."""
+    table = model.item_rows
+    if not isinstance(table, ShardedTable):
+        return WholeItems(item_vectors(model, n_items, source))
+    _check_size(model, n_items, source)
+    return ItemShard(table, model.with_features)
+
+
 def item_vectors(model: S3Rec, n_items: int, source: str) -> torch.Tensor:
-    """Item embeddings, fp32 [N, E]; row i is item i + 1. ``source`` names what has ``n_items`` items."""
-    if model.n_items != n_items:
-        raise EvaluationError(
-            f"the model knows {model.n_items} items, {source} has {n_items}; use the dataset it was trained on"
-        )
-    items = model.item_embedding.weight.detach()[1 : n_items + 1].float()
+    """Item vectors, fp32 [N, E]; row i is item i + 1. ``source`` names what has ``n_items`` items."""
+    _check_size(model, n_items, source)
+    items = model.catalogue_vectors.detach()[1 : n_items + 1].float()
     finite = torch.isfinite(items).all(1)
     if not finite.all():
         bad = int(finite.int().argmin()) + 1
         raise EvaluationError(f"item {bad}: its embedding is not finite; the model's training has diverged")
     return items
+
+
+def _check_size(model: S3Rec, n_items: int, source: str) -> None:
+    if model.n_items != n_items:
+        raise EvaluationError(
+            f"the model knows {model.n_items} items, {source} has {n_items}; use the dataset it was trained on"
+        )
 
 
 def user_vectors(model: S3Rec, histories: Histories, device: torch.device | str) -> torch.Tensor:
@@ -241,7 +261,7 @@ def user_vectors(model: S3Rec, histories: Histories, device: torch.device | str)
 
 def full_ranks(
     users: torch.Tensor,
-    items: torch.Tensor,
+    items: Scored,
     targets: torch.Tensor,
     excluded: tuple[torch.Tensor, torch.Tensor],
     item_chunk: int,
@@ -250,26 +270,24 @@ def full_ranks(
 
     The pairs must be distinct, and should hold each target itself, which then never outranks itself.
     """
-    scores = _scores_to_beat(users, items[targets - 1])
+    scores = _scores_to_beat(users, items.of(targets))
     higher = torch.zeros_like(targets)
-    rows, columns = excluded[0], excluded[1] - 1
+    rows, columns = excluded[0], items.places(excluded[1])
     for begin in range(0, len(items), item_chunk):
-        chunk = users @ items[begin : begin + item_chunk].T  # [B, C]
+        chunk = users @ items.part(begin, begin + item_chunk).T  # [B, C]
         higher += (chunk > scores[:, None]).sum(1)
         inside = (columns >= begin) & (columns < begin + item_chunk)
         at = rows[inside]
         higher.index_add_(0, at, (chunk[at, columns[inside] - begin] > scores[at]).long(), alpha=-1)
-    return higher
+    return items.summed(higher)
 
 
-def sampled_ranks(
-    users: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor
-) -> torch.Tensor:
+def sampled_ranks(users: torch.Tensor, items: Scored, targets: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
     """Ranks [B] of ``targets`` [B] against ``negatives`` [B, n], item ids all."""
-    own = _scores_to_beat(users, items[targets - 1])[:, None]
+    own = _scores_to_beat(users, items.of(targets))[:, None]
     higher = torch.zeros_like(targets)
     for part in negatives.split(_NEGATIVES_AT_ONCE, 1):
-        scores = torch.bmm(items[part - 1], users[:, :, None]).squeeze(2)
+        scores = torch.bmm(items.of(part), users[:, :, None]).squeeze(2)
         higher += (scores > own).sum(1)
     return higher
 
@@ -298,11 +316,12 @@ def _ranker(dataset: Dataset, config: EvaluationConfig, split: Split) -> tuple[R
 
 
 def _rank_full(
-    batch: HeldOut, users: torch.Tensor, items: torch.Tensor, targets: torch.Tensor, *, item_chunk: int
+    batch: HeldOut, users: torch.Tensor, items: Scored, targets: torch.Tensor, *, item_chunk: int
 ) -> torch.Tensor:
     rows, seen = batch.histories.seen()
     rows = np.concatenate([rows, np.arange(len(batch.targets))])
-    pairs = _distinct(rows, np.concatenate([seen, batch.targets]), len(items))
+    taken = np.concatenate([seen, batch.targets])
+    pairs = _distinct(rows, taken, int(taken.max(initial=0)))
     excluded = [torch.from_numpy(part).to(users.device) for part in pairs]
     return full_ranks(users, items, targets, (excluded[0], excluded[1]), item_chunk)
 
@@ -311,7 +330,7 @@ def _rank_sampled(
     negatives_of: Callable[[HeldOut], np.ndarray],
     batch: HeldOut,
     users: torch.Tensor,
-    items: torch.Tensor,
+    items: Scored,
     targets: torch.Tensor,
 ) -> torch.Tensor:
     negatives = torch.from_numpy(negatives_of(batch)).to(users.device)

@@ -39,6 +39,7 @@ from s3rec_dist.data.output import file_output
 from s3rec_dist.evaluation import Histories, add_device_argument, device_of, item_vectors, user_vectors
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
+from s3rec_dist.tables.scored import Scored, WholeItems
 
 SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
 
@@ -70,27 +71,31 @@ class Counts:
 
 def top_k(
     users: torch.Tensor,
-    items: torch.Tensor,
+    items: Scored,
     k: int,
     excluded: tuple[torch.Tensor, torch.Tensor],
     item_chunk: int,
+    closed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``k`` items with the highest scores (``users`` [B, E] times ``items`` [N, E]): item ids int64 [B, K] and
-    scores fp32 [B, K], best first, K = min(k, N). Row i of ``items`` is item i + 1.
+    """The ``k`` of ``items`` that have the highest scores with ``users`` [B, E]: ids int64 [B, K] and scores fp32
+    [B, K], best first, K = min(k, N).
 
-    The ``excluded`` (user's place, item id) pairs [P] are no candidates; places that no candidate is left for
-    have a score of minus infinity. Of equal scores the lower item id comes first. No more than [B, item_chunk]
-    scores exist at a time.
+    The ``excluded`` (user's place, item id) pairs [P] are no candidates, nor are items of which ``closed``, bool [C] in
+    the order of those that are here, is True; places that no candidate is left for have a score of minus infinity. Of
+    equal scores the lower item id comes first. No more than [B, item_chunk] scores exist at a time.
     """
-    rows, columns = excluded[0], excluded[1] - 1
+    rows, columns = excluded[0], items.places(excluded[1])
     best = torch.empty(len(users), 0, dtype=torch.int64, device=users.device)
     for begin in range(0, len(items), item_chunk):
-        scores = users @ items[begin : begin + item_chunk].T  # [B, C]
+        scores = users @ items.part(begin, begin + item_chunk).T  # [B, C]
         inside = (columns >= begin) & (columns < begin + item_chunk)
         scores[rows[inside], columns[inside] - begin] = -torch.inf
-        best = torch.cat((best, _best_of_chunk(scores, begin + 1, k)), 1)
+        if closed is not None:
+            scores.masked_fill_(closed[begin : begin + item_chunk], -torch.inf)
+        best = torch.cat((best, _best_of_chunk(scores, items.ids(begin, begin + scores.shape[1]), k)), 1)
         best = best.topk(min(k, best.shape[1])).values
-    return _decode(best)
+    best = items.joined(best)
+    return _decode(best.topk(min(k, best.shape[1])).values)
 
 
 @dataclass(frozen=True)
@@ -126,19 +131,18 @@ class Candidates:
         places = self.place[items]
         known = places > 0
         excluded = [torch.from_numpy(part[known]).to(users.device) for part in (rows, places)]
-        best, scores = top_k(users, self.vectors, k, (excluded[0], excluded[1]), item_chunk)
+        best, scores = top_k(users, WholeItems(self.vectors), k, (excluded[0], excluded[1]), item_chunk)
         return self.ids[best.cpu().numpy() - 1], scores.cpu().numpy()
 
 
-def _best_of_chunk(scores: torch.Tensor, first_item: int, k: int) -> torch.Tensor:
-    """Keys int64 [B, >= min(k, C)] of the best items of [B, C] scores."""
+def _best_of_chunk(scores: torch.Tensor, ids: torch.Tensor, k: int) -> torch.Tensor:
+    """Keys int64 [B, >= min(k, C)] of the best of the items ``ids`` [C] by their [B, C] scores."""
     values, columns = scores.topk(min(k + 1, scores.shape[1]))
-    keys = _encode(values, columns + first_item)
+    keys = _encode(values, ids[columns])
     if values.shape[1] > k:
         # topk chose any of the items that tie at the cut-off; here the lowest ids win
         tied = ((values[:, k - 1] == values[:, k]) & (values[:, k] > -torch.inf)).nonzero().squeeze(1)
         if len(tied):
-            ids = torch.arange(first_item, first_item + scores.shape[1], device=scores.device)
             keys[tied] = _encode(scores[tied], ids).topk(keys.shape[1]).values
     return keys
 

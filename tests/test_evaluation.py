@@ -39,6 +39,7 @@ from s3rec_dist.evaluation import (
 )
 from s3rec_dist.export import write_model
 from s3rec_dist.model import S3Rec
+from s3rec_dist.tables.scored import WholeItems
 
 Split = Literal["validation", "test"]
 
@@ -176,7 +177,7 @@ def rankings(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor,
 def test_a_full_rank_counts_the_items_not_left_out_that_score_higher(ranking: Any, item_chunk: int) -> None:
     users, items, targets, pairs = ranking
     rows, ids = (torch.tensor(part) for part in zip(*pairs, strict=True))
-    found = full_ranks(users, items, targets, (rows, ids), item_chunk)
+    found = full_ranks(users, WholeItems(items), targets, (rows, ids), item_chunk)
     scores = users @ items.T
     expected = [
         sum(
@@ -201,9 +202,9 @@ def test_an_item_with_the_held_out_items_embedding_does_not_outrank_it(size: int
     rows = torch.arange(users)
     expected = (scores > scores[rows, targets - 1, None] + 1e-9).sum(1)
     for item_chunk in (1, 3, 64, 300, 1000):
-        assert torch.equal(full_ranks(states, items, targets, (rows, targets), item_chunk), expected)
+        assert torch.equal(full_ranks(states, WholeItems(items), targets, (rows, targets), item_chunk), expected)
     everything = torch.arange(1, 1001).expand(users, -1)
-    assert torch.equal(sampled_ranks(states, items, targets, everything), expected)
+    assert torch.equal(sampled_ranks(states, WholeItems(items), targets, everything), expected)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -226,7 +227,9 @@ def test_a_held_out_item_seen_before_is_a_candidate_and_its_rank_leaves_the_seen
     users = torch.tensor([[1.0]])
     items = torch.tensor([[5.0], [4.0], [3.0], [2.0], [1.0]])
     seen_and_target = (torch.zeros(3, dtype=torch.int64), torch.tensor([1, 3, 4]))
-    assert full_ranks(users, items, torch.tensor([4]), seen_and_target, 2).tolist() == [1]  # only item 2 is above
+    assert full_ranks(users, WholeItems(items), torch.tensor([4]), seen_and_target, 2).tolist() == [
+        1
+    ]  # only item 2 is above
 
 
 def test_the_test_item_is_a_candidate_under_validation_and_the_validation_item_none_under_test(
@@ -290,7 +293,7 @@ def test_full_ranking_holds_one_chunk_of_scores_at_a_time_whatever_the_catalogue
     for n_items in (1000, 5000):
         items = torch.randn(n_items, 8)
         with LargestTensor(users, items) as largest:
-            full_ranks(users, items, targets, (torch.arange(64), targets), item_chunk)
+            full_ranks(users, WholeItems(items), targets, (torch.arange(64), targets), item_chunk)
         assert largest.bytes == 64 * item_chunk * 4
 
 
@@ -373,7 +376,7 @@ def test_a_sampled_rank_counts_the_negatives_that_score_higher(count: int) -> No
     expected = [
         sum(float(scores[b, n - 1]) > float(scores[b, targets[b] - 1]) for n in negatives[b].tolist()) for b in range(6)
     ]
-    assert sampled_ranks(users, items, targets, negatives).tolist() == expected
+    assert sampled_ranks(users, WholeItems(items), targets, negatives).tolist() == expected
 
 
 @settings(deadline=None, max_examples=100)

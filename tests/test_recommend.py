@@ -29,6 +29,7 @@ from s3rec_dist.evaluation import EvaluationError, Histories
 from s3rec_dist.export import write_model
 from s3rec_dist.model import S3Rec
 from s3rec_dist.recommend import SCHEMA, Counts, RecommendError, dataset_histories, file_histories, recommend, top_k
+from s3rec_dist.tables.scored import WholeItems
 
 SMALL = ModelConfig(hidden_size=8, layers=1, heads=2, inner_size=8, max_length=4)
 NOTHING = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
@@ -47,7 +48,7 @@ def found_by_top_k(
     users: torch.Tensor, items: torch.Tensor, k: int, excluded: Sequence[tuple[int, int]], chunk: int
 ) -> list[list[tuple[int, float]]]:
     pairs = torch.tensor(excluded, dtype=torch.int64).view(-1, 2)
-    best, scores = top_k(users, items, k, (pairs[:, 0], pairs[:, 1]), chunk)
+    best, scores = top_k(users, WholeItems(items), k, (pairs[:, 0], pairs[:, 1]), chunk)
     assert best.shape == scores.shape == (len(users), min(k, len(items)))
     return [
         [(item, score) for item, score in zip(ids, values, strict=True) if score > -np.inf]
@@ -89,7 +90,7 @@ def test_top_k_of_random_scores_is_the_brute_force(k: int) -> None:
 
 def test_scores_keep_their_bits_and_the_order_of_floats() -> None:
     values = torch.tensor([3.4e38, 1.5, 1e-45, 0.0, -1e-45, -1.5, -3.4e38, -torch.inf])
-    best, scores = top_k(torch.ones(1, 1), values.flip(0)[:, None], 8, NOTHING, 3)
+    best, scores = top_k(torch.ones(1, 1), WholeItems(values.flip(0)[:, None]), 8, NOTHING, 3)
     assert torch.equal(scores[0], values) and best[0].tolist() == [8, 7, 6, 5, 4, 3, 2, 1]
 
 

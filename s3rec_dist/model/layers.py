@@ -17,7 +17,7 @@ from s3rec_dist.model.dropout import DropoutKeys, dropout, dropout_add
 def embed(
     items: torch.Tensor,
     positions: torch.Tensor,
-    item_embedding: nn.Embedding,
+    item_vectors: torch.Tensor,
     position_embedding: nn.Embedding,
     norm: nn.LayerNorm,
     *,
@@ -26,12 +26,12 @@ def embed(
     p: float,
     backend: str,
 ) -> torch.Tensor:
-    """``dropout(norm(item_embedding(items) + position_embedding(positions)))``, [T, E]."""
+    """``dropout(norm(item_vectors[items] + position_embedding(positions)))``, [T, E]; ``item_vectors`` [U, E]."""
     if use_triton(items.device, norm.weight.dtype, backend):
-        tables = (item_embedding.weight, position_embedding.weight)
+        tables = (item_vectors, position_embedding.weight)
         hashed = keys.tokens if keys else None
         return fused_layers.embed(items, positions, *tables, norm.weight, norm.bias, norm.eps, hashed, site, p)
-    return dropout(norm(item_embedding(items) + position_embedding(positions)), keys, site, p)
+    return dropout(norm(F.embedding(items, item_vectors) + position_embedding(positions)), keys, site, p)
 
 
 def linear_gelu(linear: nn.Linear, x: torch.Tensor, backend: str) -> torch.Tensor:

@@ -21,15 +21,19 @@ from s3rec_dist.config import FinetuneConfig, ModelConfig, PretrainConfig
 from s3rec_dist.data.dataset import ItemAttributes
 from s3rec_dist.data.reconstruct import FinetuneBatch, PretrainBatch, SharedNegatives, pretrain_batch
 from s3rec_dist.data.stream import PackedSequences
-from s3rec_dist.hashing import hash64
+from s3rec_dist.hashing import hash64, keep_mask
 from s3rec_dist.kernels.attribute_loss import attribute_loss, attribute_pairs
 from s3rec_dist.model.dropout import DropoutKeys, not_compiled
 from s3rec_dist.model.encoder import SITES_PER_BLOCK, Block, Queries, position_ids
+from s3rec_dist.model.items import MASK_ROW, ItemVectors, RowTable, pooled_attributes
 from s3rec_dist.model.layers import embed
 from s3rec_dist.model.objectives import binary_loss, pairwise_loss, sampled_softmax_loss, softmax_loss
 
 AttributeLists = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Which attributes rows have: items, offsets and values as :func:`attribute_loss` takes them."""
+
+ID_SITE = 1 << 10
+"""Where the dropout of items' own rows stands among the sites of hashed dropout."""
 
 ITEM_SEQ, ITEM_SEQ_LEN, ITEM_ID, NEG_ITEM_ID = "item_id_list", "item_length", "item_id", "neg_item_id"
 
@@ -52,10 +56,14 @@ class S3Rec(nn.Module):
     Item ids: 0 padding, 1..n_items, n_items + 1 the mask token. Attribute ids: 1..n_attributes; row 0 is
     unused, and a negative in every attribute loss. ``attributes`` lists each item's attributes; without it
     the attribute losses have no positives.
+
+    With ``item_table="sharded"`` the model has no ``item_embedding``: ``item_rows``, which is to be set, has the rows.
     """
 
     attribute_offsets: torch.Tensor
     attribute_values: torch.Tensor
+    is_cold: torch.Tensor | None
+    """bool [N + 2] with ``item_features="add"``: items never trained on, whose own rows stay zero; None for none."""
 
     def __init__(
         self,
@@ -73,7 +81,9 @@ class S3Rec(nn.Module):
         self.n_items, self.n_attributes, self.mask_id = n_items, n_attributes, n_items + 1
         self.train_stage = "pretrain"
         e = config.hidden_size
-        self.item_embedding = nn.Embedding(n_items + 2, e)
+        self.item_rows: RowTable | None = None
+        if config.item_table == "dense":
+            self.item_embedding = nn.Embedding(n_items + 2, e)
         self.attribute_embedding = nn.Embedding(n_attributes + 1, e)
         self.position_embedding = nn.Embedding(config.max_length, e)
         self.embedding_norm = nn.LayerNorm(e, eps=config.layer_norm_eps)
@@ -88,13 +98,59 @@ class S3Rec(nn.Module):
             offsets, values = torch.tensor(attributes.offsets), torch.tensor(attributes.values, dtype=torch.int64)
         self.register_buffer("attribute_offsets", offsets, persistent=False)
         self.register_buffer("attribute_values", values, persistent=False)
+        self.register_buffer("is_cold", None, persistent=False)
         self.apply(self._initialise)
+        if config.item_features == "add":
+            # What an item is beyond its attributes: nothing, to begin with.
+            self.feature_head = nn.Linear(e, e, bias=False)
+            nn.init.eye_(self.feature_head.weight)
+            if config.item_table == "dense":
+                nn.init.zeros_(self.item_embedding.weight[1:-1].detach())
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
+
+    def item_vectors(self, *wanted: torch.Tensor, dropout_seed: int | None = None) -> ItemVectors:
+        """The vectors of the items in ``wanted``, or of all of them where they lie in one table as they are.
+        ``dropout_seed`` turns the dropout of items' own rows on."""
+        if self.config.item_table == "dense" and self.config.item_features == "none":
+            return ItemVectors(self.item_embedding.weight)
+        return self._gathered(torch.cat([items.flatten().long() for items in wanted]).unique(), dropout_seed)
+
+    @not_compiled
+    def _gathered(self, ids: torch.Tensor, dropout_seed: int | None) -> ItemVectors:
+        if self.config.item_table == "dense":
+            rows = F.embedding(ids, self.item_embedding.weight)
+        else:
+            if self.item_rows is None:
+                raise ValueError(
+                    "a model with item_table='sharded' needs item_rows, the table that has its items' rows"
+                )
+            rows = self.item_rows.fetch(ids.masked_fill(ids == self.mask_id, MASK_ROW))
+            rows = rows.to(self.position_embedding.weight.dtype)
+        return ItemVectors(self.with_features(ids, rows, dropout_seed), ids)
+
+    def with_features(self, ids: torch.Tensor, rows: torch.Tensor, dropout_seed: int | None = None) -> torch.Tensor:
+        """The vectors [U, E] of the items ``ids`` [U] whose own rows are ``rows`` [U, E]."""
+        if self.config.item_features == "none":
+            return rows
+        if self.is_cold is not None:
+            rows = rows * ~self.is_cold[ids, None]
+        if dropout_seed is not None and self.config.item_id_dropout:
+            rows = rows * keep_mask(hash64(ids, dropout_seed), 1, ID_SITE, self.config.item_id_dropout, rows.dtype)
+        table = self.attribute_embedding.weight
+        return rows + self.feature_head(pooled_attributes(ids, self.attribute_offsets, self.attribute_values, table))
+
+    @property
+    def catalogue_vectors(self) -> torch.Tensor:
+        """The vectors of all ids, [N + 2, E], of a model that is not sharded."""
+        if self.config.item_features == "none":
+            return self.item_embedding.weight
+        ids = torch.arange(self.n_items + 2, device=self.attribute_offsets.device)
+        return self.with_features(ids, self.item_embedding.weight)
 
     def encode(
         self,
@@ -106,20 +162,22 @@ class S3Rec(nn.Module):
         causal: bool,
         keys: DropoutKeys | None = None,
         queries: Queries | None = None,
+        vectors: ItemVectors | None = None,
     ) -> torch.Tensor:
         """Hidden states of packed ``items`` [T], at ``positions`` [T] of the position table: [T, E].
 
         With ``queries``, only their hidden states, [Q, E]; the last block then computes nothing else.
-        ``keys`` turn dropout on.
+        ``keys`` turn dropout on. ``vectors`` has those of the items, where they are there already.
         """
         if max_length > self.config.max_length:
             raise ValueError(
                 f"a sequence is {max_length} long, the model has {self.config.max_length} positions; cut it"
             )
+        vectors = vectors or self.item_vectors(items)
         x = embed(
-            items,
+            vectors.rows(items),
             positions,
-            self.item_embedding,
+            vectors.weight,
             self.position_embedding,
             self.embedding_norm,
             keys=keys,
@@ -155,8 +213,16 @@ class S3Rec(nn.Module):
                 )
             ),
         )
+        vectors = self.item_vectors(batch.items, batch.original, batch.negatives, dropout_seed=dropout_seed)
         hidden = self.encode(
-            batch.items, positions, batch.offsets, batch.max_length, causal=False, keys=keys, queries=queries
+            batch.items,
+            positions,
+            batch.offsets,
+            batch.max_length,
+            causal=False,
+            keys=keys,
+            queries=queries,
+            vectors=vectors,
         )
         unmasked = batch.unmasked
         return self._task_losses(
@@ -165,8 +231,8 @@ class S3Rec(nn.Module):
             hidden[tokens:].view(3, samples, hidden.shape[1]),
             self._attributes_of(batch.original[unmasked]),
             self._attributes_of(batch.original[batch.masked]),
-            batch.original[batch.masked],
-            batch.negatives,
+            vectors.of(batch.original[batch.masked]),
+            vectors.of(batch.negatives),
         )
 
     def _task_losses(
@@ -180,15 +246,15 @@ class S3Rec(nn.Module):
         negatives: torch.Tensor,
     ) -> Losses:
         """From hidden states at unmasked [U, E] and masked [M, E] places and of the segment sequences
-        (context, positive, negative) [3, B, E]."""
+        (context, positive, negative) [3, B, E]; ``positives`` and ``negatives`` [M, E] are items' vectors."""
         config, table, backend = self.pretrain_config, self.attribute_embedding.weight, self.config.attention
         masked_item = self.mip_head(masked)
         context = self.sp_head(segments[0])
         terms = {
             "aap": attribute_loss(self.aap_head(unmasked), table, *unmasked_attributes, backend=backend),
             "mip": pairwise_loss(
-                (masked_item * self.item_embedding(positives)).sum(-1),
-                (masked_item * self.item_embedding(negatives)).sum(-1),
+                (masked_item * positives).sum(-1),
+                (masked_item * negatives).sum(-1),
                 config.pairwise,
             ),
             "map": attribute_loss(self.map_head(masked), table, *masked_attributes, backend=backend),
@@ -214,35 +280,44 @@ class S3Rec(nn.Module):
         positions = position_ids(sequence, batch.offsets, self.config)
         keys = self._dropout_keys(batch.sample_keys, sequence, positions, dropout_seed)
         queries = Queries.last(batch.offsets) if config.positions == "last" else None
-        hidden = self.encode(
-            batch.items, positions, batch.offsets, batch.max_length, causal=True, keys=keys, queries=queries
-        )
         targets, negatives = batch.targets, batch.negatives
         if queries is not None:
             targets, negatives = targets[queries.tokens], negatives[queries.tokens]
+        wanted = [batch.items, targets, negatives if shared is None else shared.items]
+        vectors = self.item_vectors(*wanted, dropout_seed=dropout_seed)
+        hidden = self.encode(
+            batch.items,
+            positions,
+            batch.offsets,
+            batch.max_length,
+            causal=True,
+            keys=keys,
+            queries=queries,
+            vectors=vectors,
+        )
         if shared is None:
-            loss = self._next_item_loss(hidden, targets, negatives)
+            loss = self._next_item_loss(hidden, targets, negatives, vectors)
         else:
             loss = sampled_softmax_loss(
                 hidden,
-                self.item_embedding(targets),
-                self.item_embedding(shared.items),
+                vectors.of(targets),
+                vectors.of(shared.items),
                 lambda rows: targets[rows, None] == shared.items,
                 shared.log_expected,
             )
         return Losses(loss, {config.loss: loss.detach()}, {config.loss: len(targets)})
 
     def _next_item_loss(
-        self, hidden: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor | None
+        self, hidden: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor | None, vectors: ItemVectors
     ) -> torch.Tensor:
-        """Sum over hidden states [M, E] with their next items and a negative each [M]."""
+        """Sum over hidden states [M, E] with their next items and a negative each [M]; ``vectors`` has theirs."""
         kind = self.finetune_config.loss
         if kind in ("ce", "sampled_ce"):
-            return softmax_loss(hidden, self.item_embedding.weight[1 : self.mask_id], targets.long() - 1)
+            return softmax_loss(hidden, self.catalogue_vectors[1 : self.mask_id], targets.long() - 1)
         if negatives is None:
             raise ValueError(f"loss={kind!r} needs a negative item for each target, {NEG_ITEM_ID!r}; or use loss='ce'")
-        positive = (hidden * self.item_embedding(targets)).sum(-1)
-        negative = (hidden * self.item_embedding(negatives)).sum(-1)
+        positive = (hidden * vectors.of(targets)).sum(-1)
+        negative = (hidden * vectors.of(negatives)).sum(-1)
         return binary_loss(positive, negative) if kind == "bce" else pairwise_loss(positive, negative, "bpr")
 
     def encode_last(
@@ -362,6 +437,7 @@ class S3Rec(nn.Module):
         is_masked = masked_item_sequence == self.mask_id
         is_unmasked = (masked_item_sequence != 0) & ~is_masked
         features = features.view(*pos_items.shape, -1)
+        vectors = self.item_vectors(pos_items, neg_items)
         segments = [self.forward(s)[:, -1] for s in (masked_segment_sequence, pos_segment, neg_segment)]
         return self._task_losses(
             hidden[is_unmasked],
@@ -369,8 +445,8 @@ class S3Rec(nn.Module):
             torch.stack(segments),
             _lists_of(features[is_unmasked]),
             _lists_of(features[is_masked]),
-            pos_items[is_masked],
-            neg_items[is_masked],
+            vectors.of(pos_items[is_masked]),
+            vectors.of(neg_items[is_masked]),
         )
 
     def calculate_loss(self, interaction: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -380,18 +456,19 @@ class S3Rec(nn.Module):
         if self.train_stage == "pretrain":
             return self.pretrain(*self.reconstruct_pretrain_data(item_seq, lengths))
         hidden = self._last_hidden(item_seq, lengths)
-        loss = self._next_item_loss(hidden, interaction[ITEM_ID], interaction.get(NEG_ITEM_ID))
-        return loss / len(hidden)
+        targets, negatives = interaction[ITEM_ID], interaction.get(NEG_ITEM_ID)
+        vectors = self.item_vectors(targets, targets if negatives is None else negatives)
+        return self._next_item_loss(hidden, targets, negatives, vectors) / len(hidden)
 
     def predict(self, interaction: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Scores [B] of one item each after right-padded histories."""
         hidden = self._last_hidden(interaction[ITEM_SEQ], interaction[ITEM_SEQ_LEN])
-        return (hidden * self.item_embedding(interaction[ITEM_ID])).sum(-1)
+        return (hidden * self.item_vectors(interaction[ITEM_ID]).of(interaction[ITEM_ID])).sum(-1)
 
     def full_sort_predict(self, interaction: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Scores [B, n_items + 1] of all items after right-padded histories; column 0 is padding."""
         hidden = self._last_hidden(interaction[ITEM_SEQ], interaction[ITEM_SEQ_LEN])
-        return hidden @ self.item_embedding.weight[: self.mask_id].T
+        return hidden @ self.catalogue_vectors[: self.mask_id].T
 
     def _last_hidden(self, item_seq: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """:meth:`encode_last` of right-padded histories [B, L]. Dropout is on in training mode."""

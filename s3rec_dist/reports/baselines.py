@@ -13,6 +13,7 @@ import torch
 
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.evaluation import Histories, Scorer, Split, held_out
+from s3rec_dist.tables.scored import WholeItems
 
 NEIGHBOURS_KEPT = 100
 _PAIRS_AT_ONCE = 2**25
@@ -28,7 +29,7 @@ def popularity(dataset: Dataset, split: Split) -> Scorer:
     counts = np.zeros(dataset.n_items + 1)
     for histories in _histories(dataset, split):
         counts += np.bincount(histories.seen()[1], minlength=len(counts))
-    items = torch.from_numpy(counts[1:, None]).float()
+    items = WholeItems(torch.from_numpy(counts[1:, None]).float())
     return lambda histories: (torch.ones(len(histories.users), 1), items)
 
 
@@ -53,12 +54,12 @@ def item_neighbours(
     least = similar.data.min() if similar.nnz else 1.0
     tie_break = counts / (counts.max() + 1) * least / 2
 
-    def score(histories: Histories) -> tuple[torch.Tensor, torch.Tensor]:
+    def score(histories: Histories) -> tuple[torch.Tensor, WholeItems]:
         rows, items = histories.seen()
         users = len(histories.users)
         scores = (_incidence(sparse, rows, items, users, width) @ similar).toarray() + tie_break
         # a user's scores are its products with unit vectors
-        return torch.eye(users), torch.from_numpy(scores[:, 1:].T.astype(np.float32).copy())
+        return torch.eye(users), WholeItems(torch.from_numpy(scores[:, 1:].T.astype(np.float32).copy()))
 
     return score
 

@@ -36,6 +36,9 @@ import torch.distributed as dist
 from torch import nn
 
 from s3rec_dist.config import ConfigError, EngineConfig, PretrainConfig, StageConfig
+from s3rec_dist.tables import ShardedTable
+from s3rec_dist.tables.optimizers import Settings
+from s3rec_dist.tables.sharded import Gradient
 from s3rec_dist.training.phases import Collectives, PhaseClock
 from s3rec_dist.training.relayout import MOMENTS, AdamState
 from s3rec_dist.training.rendezvous import Meeting, is_launched
@@ -383,7 +386,8 @@ class StepResult:
 
 
 class Engine:
-    """A model in training. ``losses(model, batch, dropout_seed)`` gives a micro-batch's loss sums."""
+    """A model in training. ``losses(model, batch, dropout_seed)`` gives a micro-batch's loss sums. Rows of ``tables``, by
+    name, that it fetches are trained too."""
 
     def __init__(
         self,
@@ -392,9 +396,15 @@ class Engine:
         stage: StageConfig,
         config: EngineConfig,
         world: World,
+        tables: Mapping[str, ShardedTable] | None = None,
     ) -> None:
         self.model, self.world, self.zero_stage = model, world, config.zero_stage
+        self.tables, self._stage = dict(tables or {}), stage
         settings, self.precision = deepspeed_config(stage, config, world)
+        if self.tables and self.precision == "fp16":
+            raise ConfigError(
+                "engine.precision=fp16 does not work with a sharded table, whose gradients are not scaled; use bf16"
+            )
         elements = sum(p.numel() for p in model.parameters())
         bucket = min(elements, LARGEST_BUCKET)
         settings["zero_optimization"].setdefault("reduce_bucket_size", bucket)
@@ -426,6 +436,10 @@ class Engine:
         if config.zero_stage == 0 and world.size == 1:
             self._deepspeed.enable_backward_allreduce = False  # nothing to sum, and the copies cost milliseconds
         self.clock = PhaseClock(world.device)
+        for table in self.tables.values():
+            table.timed = partial(self.clock.during, "communication")
+        self._found: list[Gradient] = []
+        self._found_norm = torch.zeros((), device=world.device)
         self.collectives = Collectives(_import_deepspeed().comm.comm.cdb, self.clock)
         writer = self._deepspeed.checkpoint_engine
         writer.save = self._keep_shard
@@ -465,6 +479,8 @@ class Engine:
             # A loss that is not finite makes the gradient so too, on all ranks. And a new tensor: on the forward's own
             # output, DeepSpeed divides by the accumulation all the same.
             engine.backward(loss * (scale * (1 + 0 * loss.detach())), scale_wrt_gas=False)
+            if self.tables and i == len(batches) - 1:
+                self._collect()
             if self._plain and i == len(batches) - 1:
                 norm = _norm_of([p.grad for p in self.model.parameters() if p.grad is not None])
                 self._skip_unless_finite(norm)
@@ -473,7 +489,11 @@ class Engine:
         self.clock.enter("other")
         if getattr(engine.optimizer, "overflow", False):  # DeepSpeed has left the step out without asking Adam
             self._adam.found_inf = torch.ones((), device=self.world.device)
+        if self.tables:
+            self._update_tables(learning_rate)
         norm = float(norm if self._plain else self._deepspeed_norm()) if with_norm else None
+        if norm is not None and self.tables:
+            norm = math.hypot(norm, float(self._found_norm))
         return StepResult(losses, norm, self._adam.found_inf)
 
     def _deepspeed_norm(self) -> torch.Tensor | float:
@@ -484,8 +504,34 @@ class Engine:
     def _skip_unless_finite(self, norm: torch.Tensor | float) -> None:
         """Has Adam, whose kernel reads it on the device, leave weights and state as they are where ``norm`` is not
         finite."""
-        norm = torch.as_tensor(norm, device=self.world.device)
+        norm = torch.as_tensor(norm, device=self.world.device) + 0 * self._found_norm
         self._adam.found_inf = (~torch.isfinite(norm)).float()
+
+    def _collect(self) -> None:
+        """Brings the gradients of tables' rows home, as DeepSpeed does the others, and finds their norm."""
+        self._found = [table.collect() for table in self.tables.values()]
+        for found in self._found:
+            found.values.div_(self.world.size)
+        norms = torch.stack([found.squared_norm().to(self.world.device) for found in self._found])
+        if self.world.size > 1:
+            with self.clock.during("communication"):
+                dist.all_reduce(norms)
+        self._found_norm = norms.sum().sqrt()
+        if limit := self._stage.gradient_clipping:
+            for found, norm in zip(self._found, norms.sqrt(), strict=True):
+                found.values.mul_((limit / (norm + 1e-6)).clamp(max=1).to(found.values.device))
+
+    def _update_tables(self, learning_rate: float) -> None:
+        """Changes the rows that have a gradient, unless the step is skipped."""
+        found, self._found = self._found, []
+        if bool(self._adam.found_inf):
+            return
+        stage = self._stage
+        if stage.item_learning_rate and stage.learning_rate:
+            learning_rate *= stage.item_learning_rate / stage.learning_rate
+        for table, gradient in zip(self.tables.values(), found, strict=True):
+            settings = Settings(learning_rate, table.steps + 1, stage.adam_betas, stage.adam_eps)
+            table.update(gradient, settings, weight_decay=stage.weight_decay)
 
     @property
     def loss_scale_may_fall(self) -> bool:

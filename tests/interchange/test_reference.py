@@ -30,6 +30,7 @@ from s3rec_dist.export import ExportError, export, load_model, open_catalogue
 from s3rec_dist.interchange.reference import import_reference, reference_names, reference_state
 from s3rec_dist.model import S3Rec
 from s3rec_dist.recommend import top_k
+from s3rec_dist.tables.scored import WholeItems
 from s3rec_dist.training.checkpoint import load_weights
 
 
@@ -360,7 +361,7 @@ def test_packed_scores_are_the_references_within_1e_4_and_the_best_20_items_the_
     table = parity.model.item_embedding.weight
     assert_close(users[:16] @ table.T, parity.golden["full_scores_first16"])
     nothing = torch.zeros(0, dtype=torch.int64)
-    best, _ = top_k(users, table[1:-1], 20, (nothing, nothing), item_chunk=1000)
+    best, _ = top_k(users, WholeItems(table[1:-1]), 20, (nothing, nothing), item_chunk=1000)
     assert torch.equal(best, parity.ids("full_top20"))
 
 

@@ -1,0 +1,3 @@
+"""Tables of rows that are cut over the ranks, of which a training step touches a few."""
+
+from s3rec_dist.tables.sharded import ShardedTable as ShardedTable
