@@ -227,9 +227,8 @@ def test_a_held_out_item_seen_before_is_a_candidate_and_its_rank_leaves_the_seen
     users = torch.tensor([[1.0]])
     items = torch.tensor([[5.0], [4.0], [3.0], [2.0], [1.0]])
     seen_and_target = (torch.zeros(3, dtype=torch.int64), torch.tensor([1, 3, 4]))
-    assert full_ranks(users, WholeItems(items), torch.tensor([4]), seen_and_target, 2).tolist() == [
-        1
-    ]  # only item 2 is above
+    found = full_ranks(users, WholeItems(items), torch.tensor([4]), seen_and_target, 2)
+    assert found.tolist() == [1]  # only item 2 is above
 
 
 def test_the_test_item_is_a_candidate_under_validation_and_the_validation_item_none_under_test(

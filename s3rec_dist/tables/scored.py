@@ -6,7 +6,6 @@ Over several ranks that each have a part, all rank the same users: each among it
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Union
 
 import torch
 import torch.distributed as dist
@@ -98,4 +97,4 @@ class ItemShard:
         return self._complete(ids, rows.to(self._table.compute_device)).float()
 
 
-Scored = Union[WholeItems, ItemShard]
+Scored = WholeItems | ItemShard

@@ -129,8 +129,8 @@ class ShardedTable:
         return self.capacity < self.owned
 
     def fetch(self, ids: torch.Tensor) -> torch.Tensor:
-        """The rows of distinct ``ids`` int64 [U], fp32 [U, E] on the compute device. Where gradients are wanted they are
-        a leaf, which :meth:`collect` looks at, and new rows are allotted."""
+        """The rows of distinct ``ids`` int64 [U], fp32 [U, E] on the compute device. Where gradients are wanted they
+        are a leaf, which :meth:`collect` looks at, and new rows are allotted."""
         learns = torch.is_grad_enabled()
         owner = ids % self.world_size
         order = owner.argsort(stable=True)
@@ -169,7 +169,7 @@ class ShardedTable:
         self._lent.clear()
 
     def collect(self) -> Gradient:
-        """The sum of the gradients of all that was fetched since the last time, over all ranks, for this rank's rows."""
+        """The gradients of all that was fetched since the last time, summed over all ranks, for this rank's rows."""
         lent, self._lent = self._lent, []
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         for each in lent:
@@ -212,8 +212,8 @@ class ShardedTable:
             yield ids, self.peek(ids)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What of this rank's rows a checkpoint holds: ``ids`` int64 [K], ``rows`` [K, E], the optimizer's state by name
-        and, with a capacity, ``used_at`` int32 [K]. Views of what training goes on with. No collective."""
+        """What of this rank's rows a checkpoint holds: ``ids`` int64 [K], ``rows`` [K, E], the optimizer's state by
+        name and, with a capacity, ``used_at`` int32 [K]. Views of what training goes on with. No collective."""
         held = {"ids": self._ids, "rows": self._rows, **self._state}
         if self._is_bounded:
             held["used_at"] = self._used_at
@@ -226,8 +226,8 @@ class ShardedTable:
         self._lent.clear()
 
     def put(self, ids: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes those of ``ids`` [K] that are this rank's, with what :meth:`tensors` has of them. Without the optimizer's
-        state they begin anew with it. No collective."""
+        """Takes those of ``ids`` [K] that are this rank's, with what :meth:`tensors` has of them. Without the
+        optimizer's state they begin anew with it. No collective."""
         own = self.owns(ids).nonzero().squeeze(1)
         if self._is_bounded and len(own) > self.capacity - self.used:
             raise TableError(

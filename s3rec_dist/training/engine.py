@@ -386,8 +386,8 @@ class StepResult:
 
 
 class Engine:
-    """A model in training. ``losses(model, batch, dropout_seed)`` gives a micro-batch's loss sums. Rows of ``tables``, by
-    name, that it fetches are trained too."""
+    """A model in training. ``losses(model, batch, dropout_seed)`` gives a micro-batch's loss sums. Rows of ``tables``,
+    by name, that it fetches are trained too."""
 
     def __init__(
         self,

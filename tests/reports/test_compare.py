@@ -30,7 +30,10 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 def scores_of(scorer: Scorer, dataset: Dataset) -> np.ndarray:
     """[U, N] of the test histories."""
-    parts = [users @ items.T for batch in held_out(dataset, "test", 7) for users, items in [scorer(batch.histories)]]
+    parts = []
+    for batch in held_out(dataset, "test", 7):
+        users, items = scorer(batch.histories)
+        parts.append(users @ items.part(0, dataset.n_items).T)
     return torch.cat(parts).numpy()
 
 
