@@ -260,6 +260,9 @@ class PretrainConfig(StageConfig):
     """Weight of masked attribute prediction."""
     sp_weight: float = 0.5
     """Weight of segment prediction."""
+    attribute_negatives: int = 0
+    """Attributes that a step draws as negatives of associated and masked attribute prediction, uniformly, which all
+    positions of the global batch share; 0 takes all. For catalogues with very many."""
     pairwise: Literal["original", "bpr"] = "original"
     """Loss of a (positive, negative) score pair: the paper's double sigmoid, or BPR on logits."""
     segment_negatives: Literal["train_only", "all"] = "train_only"
@@ -268,6 +271,7 @@ class PretrainConfig(StageConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _within("pretrain.mask_ratio", self.mask_ratio, 0.0, 1.0)
+        _at_least("pretrain.attribute_negatives", self.attribute_negatives, 0)
         weights = ("aap_weight", "mip_weight", "map_weight", "sp_weight")
         for name in weights:
             _at_least(f"pretrain.{name}", getattr(self, name), 0)

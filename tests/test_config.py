@@ -105,6 +105,7 @@ REFUSED_OVERRIDES = {
     "evaluation.cutoffs=5": r"evaluation\.cutoffs=5: expected a list",
     "evaluation.cutoffs=[5, a]": r"evaluation\.cutoffs\[1\]='a': expected int",
     "pretrain.adam_betas=[0.9]": r"pretrain\.adam_betas=\[0\.9\]: expected a list",
+    "pretrain.attribute_negatives=-1": r"pretrain\.attribute_negatives=-1: expected at least 0",
     "finetune.loss=hinge": r"finetune\.loss='hinge': expected one of bce, bpr, ce",
     "finetune.loss=[ce]": r"finetune\.loss=\['ce'\]: expected one of bce, bpr, ce",
     # values out of range

@@ -193,6 +193,11 @@ def shared_negatives(count: int, n_items: int, key: int, shares: torch.Tensor | 
     return SharedNegatives(items + 1, (shares[items] * count).log().float())
 
 
+def attribute_negatives(count: int, n_attributes: int, key: int, device: Any) -> torch.Tensor:
+    """``count`` of the attribute table's rows 0..``n_attributes``, all alike, int64; a function of ``key``."""
+    return uniform_below(_words(count, key, device), n_attributes + 1)
+
+
 def in_batch_negatives(count: int, targets: torch.Tensor, key: int, shares: torch.Tensor) -> SharedNegatives:
     """``count`` of a global batch's ``targets`` [P], zeros aside; a function of ``key`` and of the targets in ascending
     order, so that it does not matter which rank has which.

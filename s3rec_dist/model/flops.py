@@ -16,16 +16,16 @@ def _block(config: ModelConfig, tokens: float, queries: float, pairs: float) -> 
 
 
 def pretrain_flops(
-    config: ModelConfig, n_attributes: int, *, samples: float, tokens: float, squares: float, masked: float
+    config: ModelConfig, attributes: int, *, samples: float, tokens: float, squares: float, masked: float
 ) -> float:
     """Of a pretraining batch: ``samples`` sequences with ``tokens`` items in all, of which ``masked`` are masked;
-    ``squares`` is the sum of the squared lengths."""
+    ``squares`` is the sum of the squared lengths. Each item is held against ``attributes`` rows of the attribute table:
+    all, or those drawn."""
     e = config.hidden_size
     blocks = (config.layers - 1) * _block(config, 4 * tokens, 4 * tokens, 4 * squares)
     blocks += _block(config, 4 * tokens, tokens + 3 * samples, squares + 3 * tokens)
     heads = 2 * (tokens + masked + samples) * e * e
-    attributes = 2 * tokens * (n_attributes + 1) * e
-    return 3 * (blocks + heads + attributes)
+    return 3 * (blocks + heads + 2 * tokens * attributes * e)
 
 
 def finetune_flops(

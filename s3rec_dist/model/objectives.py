@@ -158,3 +158,83 @@ class _SampledSoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return (*((grad * grads[0]).to(grad.dtype) for grad in ctx.saved_tensors), None, None)
+
+
+def sampled_attribute_loss(
+    hidden: torch.Tensor,
+    table: torch.Tensor,
+    pair_rows: torch.Tensor,
+    pair_attributes: torch.Tensor,
+    negatives: torch.Tensor,
+    weight: float,
+) -> torch.Tensor:
+    """An estimate without bias of :func:`~s3rec_dist.kernels.attribute_loss.attribute_loss` from S attributes that were
+    drawn with replacement, summed.
+
+    ``hidden`` [M, E]; ``table`` [U, E] holds the attributes that are spoken of, each once, and need hold no others.
+    Positives are pairs, none twice, of rows of hidden, ``pair_rows`` int64 [P], ascending, and of table,
+    ``pair_attributes`` int64 [P]; their terms are exact. The sum over a row's other attributes is estimated by those of
+    ``negatives``, int64 [S] rows of table, that are not its positives, each ``weight`` times: 1 / (S q), where q is the
+    probability that a draw is this attribute.
+
+    Nothing of size [M, S] or [P, E] is kept. Reads on the host which rows a chunk's positives are of, where there is
+    more than one chunk.
+    """
+    loss: torch.Tensor = _SampledAttributeLoss.apply(hidden, table, pair_rows, pair_attributes, negatives, weight)
+    return loss
+
+
+class _SampledAttributeLoss(torch.autograd.Function):
+    """Computes the gradients in the forward pass, in chunks, while the logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        table: torch.Tensor,
+        pair_rows: torch.Tensor,
+        pair_attributes: torch.Tensor,
+        negatives: torch.Tensor,
+        weight: float,
+    ) -> torch.Tensor:
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_table = torch.zeros_like(table, dtype=torch.float32)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+
+        chunk = max(LOGITS_PER_CHUNK // max(hidden.shape[1], 1), 1)
+        for start in range(0, len(pair_rows), chunk):
+            rows, attributes = pair_rows[start : start + chunk], pair_attributes[start : start + chunk]
+            states, vectors = hidden[rows].float(), table[attributes].float()
+            logits = (states * vectors).sum(1, keepdim=True)
+            loss += F.softplus(-logits).sum()
+            pull = -(-logits).sigmoid_()
+            grad_hidden.index_add_(0, rows, pull * vectors)
+            grad_table.index_add_(0, attributes, pull * states)
+
+        # one drawn several times counts so often at its first place, and not at the others
+        negatives = negatives.sort().values
+        first = torch.searchsorted(negatives, negatives)
+        times = torch.zeros(len(negatives), dtype=torch.float32, device=hidden.device)
+        times.index_add_(0, first, torch.ones_like(times))
+        vectors = table[negatives]
+        grad_vectors = torch.zeros_like(vectors, dtype=torch.float32)
+        place = torch.searchsorted(negatives, pair_attributes).clamp_(max=len(negatives) - 1)
+        hit = torch.where(negatives[place] == pair_attributes, -torch.inf, 0.0)
+        chunk = max(LOGITS_PER_CHUNK // len(negatives), 1)
+        cuts = torch.searchsorted(pair_rows, torch.arange(0, len(hidden) + chunk, chunk, device=hidden.device))
+        bounds = [0, len(pair_rows)] if len(hidden) <= chunk else cuts.tolist()
+        for i, start in enumerate(range(0, len(hidden), chunk)):
+            part, pairs = hidden[start : start + chunk], slice(bounds[i], bounds[i + 1])
+            logits = (part @ vectors.T).float()
+            logits.view(-1).index_add_(0, (pair_rows[pairs] - start) * len(negatives) + place[pairs], hit[pairs])
+            loss += weight * (F.softplus(logits) @ times).sum()
+            grad = logits.sigmoid_().mul_(times).to(hidden.dtype)
+            grad_hidden[start : start + chunk] += weight * (grad @ vectors)
+            grad_vectors += grad.T @ part
+        grad_table.index_add_(0, negatives, grad_vectors, alpha=weight)
+        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_table.to(table.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (*((grad * grads[0]).to(grad.dtype) for grad in ctx.saved_tensors), None, None, None, None)

@@ -27,7 +27,13 @@ from s3rec_dist.model.dropout import DropoutKeys, not_compiled
 from s3rec_dist.model.encoder import SITES_PER_BLOCK, Block, Queries, position_ids
 from s3rec_dist.model.items import MASK_ROW, ItemVectors, RowTable, pooled_attributes
 from s3rec_dist.model.layers import embed
-from s3rec_dist.model.objectives import binary_loss, pairwise_loss, sampled_softmax_loss, softmax_loss
+from s3rec_dist.model.objectives import (
+    binary_loss,
+    pairwise_loss,
+    sampled_attribute_loss,
+    sampled_softmax_loss,
+    softmax_loss,
+)
 
 AttributeLists = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Which attributes rows have: items, offsets and values as :func:`attribute_loss` takes them."""
@@ -196,8 +202,11 @@ class S3Rec(nn.Module):
                 x = run(x, offsets, max_length)
         return x
 
-    def pretrain_losses(self, batch: PretrainBatch, dropout_seed: int | None = None) -> Losses:
-        """The four tasks on one batch, in one encoder pass. ``dropout_seed`` turns dropout on."""
+    def pretrain_losses(
+        self, batch: PretrainBatch, dropout_seed: int | None = None, attribute_negatives: torch.Tensor | None = None
+    ) -> Losses:
+        """The four tasks on one batch, in one encoder pass. ``dropout_seed`` turns dropout on. The attribute losses are
+        against all attributes, or estimates of that from ``attribute_negatives`` [S], drawn uniformly of the table."""
         tokens, samples = len(batch.original), len(batch)
         sequence = _sequence_of(batch.offsets, 4 * tokens)
         positions = position_ids(sequence, batch.offsets, self.config)
@@ -233,6 +242,7 @@ class S3Rec(nn.Module):
             self._attributes_of(batch.original[batch.masked]),
             vectors.of(batch.original[batch.masked]),
             vectors.of(batch.negatives),
+            attribute_negatives,
         )
 
     def _task_losses(
@@ -244,24 +254,25 @@ class S3Rec(nn.Module):
         masked_attributes: AttributeLists,
         positives: torch.Tensor,
         negatives: torch.Tensor,
+        attribute_negatives: torch.Tensor | None = None,
     ) -> Losses:
         """From hidden states at unmasked [U, E] and masked [M, E] places and of the segment sequences
         (context, positive, negative) [3, B, E]; ``positives`` and ``negatives`` [M, E] are items' vectors."""
-        config, table, backend = self.pretrain_config, self.attribute_embedding.weight, self.config.attention
+        config = self.pretrain_config
         masked_item = self.mip_head(masked)
         context = self.sp_head(segments[0])
         terms = {
-            "aap": attribute_loss(self.aap_head(unmasked), table, *unmasked_attributes, backend=backend),
+            "aap": self._attribute_loss(self.aap_head(unmasked), unmasked_attributes, attribute_negatives),
             "mip": pairwise_loss(
                 (masked_item * positives).sum(-1),
                 (masked_item * negatives).sum(-1),
                 config.pairwise,
             ),
-            "map": attribute_loss(self.map_head(masked), table, *masked_attributes, backend=backend),
+            "map": self._attribute_loss(self.map_head(masked), masked_attributes, attribute_negatives),
             "sp": pairwise_loss((context * segments[1]).sum(-1), (context * segments[2]).sum(-1), config.pairwise),
         }
         total = torch.stack([getattr(config, f"{task}_weight") * loss for task, loss in terms.items()]).sum()
-        attributes = len(table)
+        attributes = self.n_attributes + 1
         counts = {
             "aap": len(unmasked) * attributes,
             "mip": len(masked),
@@ -269,6 +280,15 @@ class S3Rec(nn.Module):
             "sp": segments.shape[1],
         }
         return Losses(total, {task: loss.detach() for task, loss in terms.items()}, counts)
+
+    def _attribute_loss(
+        self, hidden: torch.Tensor, attributes: AttributeLists, negatives: torch.Tensor | None
+    ) -> torch.Tensor:
+        table = self.attribute_embedding.weight
+        if negatives is None:
+            return attribute_loss(hidden, table, *attributes, backend=self.config.attention)
+        weight = (self.n_attributes + 1) / len(negatives)
+        return sampled_attribute_loss(hidden, table, *attribute_pairs(*attributes), negatives, weight)
 
     def finetune_losses(
         self, batch: FinetuneBatch, dropout_seed: int | None = None, shared: SharedNegatives | None = None

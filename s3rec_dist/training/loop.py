@@ -33,6 +33,7 @@ from s3rec_dist.data.reconstruct import (
     FinetuneBatch,
     PretrainBatch,
     SharedNegatives,
+    attribute_negatives,
     finetune_batch,
     in_batch_negatives,
     pretrain_batch,
@@ -201,8 +202,16 @@ class Task:
     def losses(self, model: S3Rec, batch: Any, dropout_seed: int | None) -> Losses:
         """The stage's loss sums."""
         if self.name == "pretrain":
-            return model.pretrain_losses(batch, dropout_seed)
+            return model.pretrain_losses(batch, dropout_seed, self._attribute_negatives(dropout_seed))
         return model.finetune_losses(batch, dropout_seed, self._shared_negatives(batch, dropout_seed))
+
+    def _attribute_negatives(self, step_seed: int | None) -> torch.Tensor | None:
+        """Those of a step, the same on every rank."""
+        count = self.config.pretrain.attribute_negatives
+        if not count:
+            return None
+        key = key_of(step_seed or 0, _NEGATIVES_KEY)
+        return attribute_negatives(count, self.dataset.n_attributes, key, self.device)
 
     def _shared_negatives(self, batch: FinetuneBatch, step_seed: int | None) -> SharedNegatives | None:
         """Those of a step, the same on every rank."""
@@ -240,7 +249,8 @@ class Task:
         """The arithmetic of training on so much."""
         model, samples, tokens, squares = self.config.model, work.samples, work.tokens, work.squares
         if self.name == "pretrain":
-            attributes, masked = self.dataset.n_attributes, work.counts["mip"]
+            attributes = self.config.pretrain.attribute_negatives or self.dataset.n_attributes + 1
+            masked = work.counts["mip"]
             return pretrain_flops(model, attributes, samples=samples, tokens=tokens, squares=squares, masked=masked)
         return finetune_flops(
             model,

@@ -56,7 +56,9 @@ def test_pretraining_takes_the_matrix_products_that_torch_counts(layers: int) ->
     batch = pretrain_batch(packed(LENGTHS), n_items=ITEMS, segment_pool=pool, mask_ratio=0.4, key=1)
     flops, losses = counted(model.pretrain_losses, batch)
     size = {"samples": len(LENGTHS), "tokens": sum(LENGTHS), "squares": sum(n * n for n in LENGTHS)}
-    assert pretrain_flops(config, ATTRIBUTES, **size, masked=losses.counts["mip"]) == flops
+    assert pretrain_flops(config, ATTRIBUTES + 1, **size, masked=losses.counts["mip"]) == flops
+    flops, _ = counted(model.pretrain_losses, batch, None, torch.tensor([2, 5, 5]))
+    assert pretrain_flops(config, 3, **size, masked=losses.counts["mip"]) == flops
 
 
 @pytest.mark.parametrize("loss", ["ce", "bce"])

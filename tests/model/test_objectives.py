@@ -13,9 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s3rec_dist.data.reconstruct import in_batch_negatives, shared_negatives
+from s3rec_dist.data.reconstruct import attribute_negatives, in_batch_negatives, shared_negatives
+from s3rec_dist.kernels.attribute_loss import attribute_loss
 from s3rec_dist.model import objectives
-from s3rec_dist.model.objectives import binary_loss, pairwise_loss, sampled_softmax_loss, softmax_loss
+from s3rec_dist.model.objectives import (
+    binary_loss,
+    pairwise_loss,
+    sampled_attribute_loss,
+    sampled_softmax_loss,
+    softmax_loss,
+)
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Relative to the largest value of each result. bf16: logits, and then what they are multiplied by, have 8 bits."""
@@ -300,3 +307,101 @@ def test_the_loss_against_the_targets_of_large_batches_comes_near_the_exact_one(
     assert float(found[0]) == pytest.approx(float(exact[0]), rel=0.01)
     for ours, theirs in zip(found[1:], exact[1:], strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) < 0.05
+
+
+# Sampled attribute losses
+
+ATTRIBUTES = 11
+LISTS = [[], [0, 3, 10], [4], [], [1, 2, 3, 4, 5, 6, 7, 8, 9], [10], []]
+"""The attributes of seven rows."""
+
+
+def positives() -> tuple[torch.Tensor, torch.Tensor]:
+    rows = [row for row, found in enumerate(LISTS) for _ in found]
+    return torch.tensor(rows), torch.tensor([attribute for found in LISTS for attribute in found])
+
+
+def all_attributes(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    offsets = torch.tensor([0, *(len(found) for found in LISTS)]).cumsum(0)
+    return attribute_loss(h, t, torch.arange(len(LISTS)), offsets, positives()[1])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("chunk", [1, 13, 1 << 22])
+@pytest.mark.parametrize("drawn", [[4], [3, 3, 0, 9, 3, 10], [5, 1, 2, 2]])
+def test_sampled_attribute_loss_is_its_definition(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int, drawn: list[int]
+) -> None:
+    monkeypatch.setattr(objectives, "LOGITS_PER_CHUNK", chunk)
+    hidden, table = normal(7, 16, seed=1, dtype=dtype), normal(ATTRIBUTES, 16, seed=2, dtype=dtype)
+    negatives = torch.tensor(drawn)
+
+    def definition(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        is_positive = torch.zeros(7, ATTRIBUTES, dtype=torch.bool).index_put_(positives(), torch.tensor(True))
+        own = F.softplus(-(h @ t.T))[is_positive].sum()
+        return own + 2.5 * (F.softplus(h @ t[negatives].T) * ~is_positive[:, negatives]).sum()
+
+    found = with_gradients(lambda h, t: sampled_attribute_loss(h, t, *positives(), negatives, 2.5), hidden, table, 0.7)
+    assert_results_equal(found, with_gradients(definition, hidden.double(), table.double(), 0.7), dtype)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_every_attribute_drawn_as_often_as_expected_gives_the_loss_against_all(times: int) -> None:
+    hidden, table = normal(7, 16, seed=1), normal(ATTRIBUTES, 16, seed=2)
+    drawn = torch.arange(ATTRIBUTES).repeat(times)
+    found = with_gradients(lambda h, t: sampled_attribute_loss(h, t, *positives(), drawn, 1 / times), hidden, table)
+    for ours, theirs in zip(found, with_gradients(all_attributes, hidden, table), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_attribute_loss_and_its_gradients_are_estimated_without_bias() -> None:
+    hidden, table, draws = normal(7, 4, seed=1), normal(ATTRIBUTES, 4, seed=2), 3000
+    estimates = []
+    for key in range(draws):
+        drawn = attribute_negatives(3, ATTRIBUTES - 1, key, "cpu")
+        found = with_gradients(
+            lambda h, t, drawn=drawn: sampled_attribute_loss(h, t, *positives(), drawn, ATTRIBUTES / 3), hidden, table
+        )
+        estimates.append(torch.cat([result.flatten() for result in found]))
+    exact = torch.cat([result.flatten() for result in with_gradients(all_attributes, hidden, table)])
+    error = torch.stack(estimates).std(0) / draws**0.5
+    assert bool(((torch.stack(estimates).mean(0) - exact).abs() < 4.5 * error + 1e-5).all())
+
+
+def test_attributes_are_drawn_alike_with_the_unused_one_among_them() -> None:
+    drawn = attribute_negatives(80_000, 3, 7, "cpu")
+    assert torch.allclose(drawn.bincount() / 80_000, torch.full((4,), 0.25), atol=0.01)
+    assert not torch.equal(drawn, attribute_negatives(80_000, 3, 8, "cpu"))
+
+
+def test_only_the_attributes_that_are_spoken_of_need_be_in_the_table() -> None:
+    hidden, table, drawn = normal(7, 16, seed=1), normal(1000, 16, seed=2), torch.tensor([7, 900, 900, 4, 3])
+    rows, attributes = positives()
+    whole = with_gradients(lambda h, t: sampled_attribute_loss(h, t, rows, attributes, drawn, 9.0), hidden, table)
+    spoken_of, local = torch.cat((attributes, drawn)).unique(return_inverse=True)
+    own, others = local.split([len(attributes), len(drawn)])
+    found = with_gradients(lambda h, t: sampled_attribute_loss(h, t, rows, own, others, 9.0), hidden, table[spoken_of])
+    for ours, theirs in zip(found, (*whole[:2], whole[2][spoken_of]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_sampled_attribute_loss_of_no_rows_and_of_rows_without_attributes() -> None:
+    none, table, drawn = torch.zeros(0, dtype=torch.int64), normal(5, 16, seed=2), torch.tensor([1, 4])
+    value, grad_hidden, grad_table = with_gradients(
+        lambda h, t: sampled_attribute_loss(h, t, none, none, drawn, 2.5), normal(0, 16, seed=1), table
+    )
+    assert float(value) == 0 and grad_hidden.shape == (0, 16) and not grad_table.any()
+    hidden = normal(3, 16, seed=1)
+    expected = 2.5 * F.softplus(hidden @ table[drawn].T).sum()
+    torch.testing.assert_close(sampled_attribute_loss(hidden, table, none, none, drawn, 2.5), expected)
+
+
+def test_the_sampled_attribute_loss_makes_nothing_larger_than_its_gradients_and_a_chunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(objectives, "LOGITS_PER_CHUNK", 500)
+    hidden, table = normal(400, 4, seed=1).requires_grad_(), normal(300, 4, seed=2).requires_grad_()
+    rows, attributes = torch.arange(400).repeat_interleave(3), torch.arange(1200) % 300
+    with LargestTensor() as largest:
+        sampled_attribute_loss(hidden, table, rows, attributes, torch.arange(50), 6.0).backward()
+    assert largest.numbers <= max(hidden.numel(), len(rows))

@@ -315,6 +315,17 @@ def test_items_without_attributes_are_negatives_of_every_attribute() -> None:
     assert_same_losses(losses, model.padded_pretrain_losses(**rows))
 
 
+def test_attribute_losses_against_every_attribute_drawn_once_are_those_against_all() -> None:
+    model, batch = make_model().eval(), pretraining(packed(histories()))
+    exact = model.pretrain_losses(batch)
+    sampled = model.pretrain_losses(batch, attribute_negatives=torch.arange(N_ATTRIBUTES + 1).flip(0))
+    assert_same_losses(sampled, exact)
+    Gradients.of(model, sampled.total).assert_close(Gradients.of(model, exact.total))
+    fewer = model.pretrain_losses(batch, attribute_negatives=torch.tensor([1, 1]))
+    assert fewer.counts == exact.counts and fewer.terms["mip"] == exact.terms["mip"]
+    assert fewer.terms["aap"] != exact.terms["aap"] and fewer.terms["map"] != exact.terms["map"]
+
+
 def test_reconstruction_of_padded_input_gives_left_padded_samples_of_it() -> None:
     model, sequences = make_model(), histories(40, shortest=2)
     lengths = torch.tensor([len(s) for s in sequences])

@@ -890,3 +890,16 @@ def test_two_processes_share_the_negatives_that_one_draws(
     (tmp_path / "jobs.json").write_text(json.dumps({"two": job("finetune", two)}))
     launch(2, [RUNS, str(tmp_path / "jobs.json")])
     assert curve(tmp_path / "two" / "finetune") == pytest.approx(curve(one), rel=1e-5)
+
+
+def test_two_processes_share_the_attributes_that_one_draws(
+    dataset: Path, tmp_path: Path, launch: Callable[..., list[str]]
+) -> None:
+    settings = {"pretrain__attribute_negatives": 3, "pretrain__epochs": 1}
+    one = curve(run("pretrain", make_config(dataset, tmp_path / "one", **settings)))
+    two = make_config(dataset, tmp_path / "two", pretrain__gradient_accumulation=2, **settings)
+    (tmp_path / "jobs.json").write_text(json.dumps({"two": job("pretrain", two)}))
+    launch(2, [RUNS, str(tmp_path / "jobs.json")])
+    assert curve(tmp_path / "two" / "pretrain") == pytest.approx(one, rel=1e-5)
+    whole = curve(run("pretrain", make_config(dataset, tmp_path / "whole", pretrain__epochs=1)))
+    assert whole != one and sum(one.values()) == pytest.approx(sum(whole.values()), rel=0.1)
