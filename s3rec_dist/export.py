@@ -63,25 +63,25 @@ class ExportError(ValueError):
 
 
 def load_export(folder: str, storage: Storage | None = None) -> S3Rec:
-    """The model of a folder or URL written by ``s3rec export`` or ``s3rec import``, on the CPU, with the item
-    attributes where the folder has a catalogue.
+    """The model of a folder or URL written by ``s3rec export`` or ``s3rec import``, folded for use, on the CPU, with
+    the item attributes where the folder has a catalogue.
 
     Raises :class:`ExportError` for another kind of folder, and CheckpointError or DatasetError for a damaged file.
     """
     weights, metadata = load_weights(folder, storage)
-    return _model(weights, metadata, open_catalogue(folder, metadata, storage))
+    return _model(weights, metadata, open_catalogue(folder, metadata, storage)).folded()
 
 
 def load_model(path: str, dataset: Dataset) -> S3Rec:
-    """The model of a run's, a checkpoint's or an exported folder or URL, on the CPU, with the attributes of
-    ``dataset``, whose storage is used.
+    """The model of a run's, a checkpoint's or an exported folder or URL, folded for use, on the CPU, with the
+    attributes of ``dataset``, whose storage is used.
 
     Raises CheckpointError where its weights are missing or damaged, or where its item ids are not those of
     ``dataset``.
     """
     weights, metadata = load_weights(path, dataset.storage)
     check_catalogue(metadata, dataset)
-    return _model(weights, metadata, dataset)
+    return _model(weights, metadata, dataset).folded()
 
 
 def open_catalogue(

@@ -301,3 +301,16 @@ def _ragged_take(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray) ->
     index = np.repeat(starts - ends + lengths, lengths)
     index += np.arange(len(index))
     return values[index]
+
+
+def sampled_items(dataset: Dataset, spec: SampleSpec) -> np.ndarray:
+    """Whether a sample may hold an item, bool [N + 2] by item id. Reads the whole dataset."""
+    is_sampled = np.zeros(dataset.n_items + 2, dtype=bool)
+    for group in range(len(dataset.index)):
+        sequences = dataset.read_row_group(group, with_users=False)
+        windows = spec.windows(np.diff(sequences.offsets))
+        windows = np.where(windows >= spec.min_items, windows, 0)
+        first_after = np.repeat(sequences.offsets[1:] - spec.holdout, windows)
+        place = np.arange(len(first_after)) - np.repeat(np.cumsum(windows), windows)
+        is_sampled[sequences.values[first_after + place]] = True
+    return is_sampled

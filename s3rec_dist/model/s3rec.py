@@ -9,7 +9,7 @@ gives them, and place their items as ``position_alignment`` says, so that they s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -120,11 +120,18 @@ class S3Rec(nn.Module):
             nn.init.zeros_(module.bias)
 
     def item_vectors(self, *wanted: torch.Tensor, dropout_seed: int | None = None) -> ItemVectors:
-        """The vectors of the items in ``wanted``, or of all of them where they lie in one table as they are.
-        ``dropout_seed`` turns the dropout of items' own rows on."""
+        """The vectors of the items in ``wanted``, or of all of them where none is named or they lie in one table as
+        they are. ``dropout_seed`` turns the dropout of items' own rows on."""
         if self.config.item_table == "dense" and self.config.item_features == "none":
             return ItemVectors(self.item_embedding.weight)
+        if not wanted:
+            return self._whole(dropout_seed)
         return self._gathered(torch.cat([items.flatten().long() for items in wanted]).unique(), dropout_seed)
+
+    @not_compiled
+    def _whole(self, dropout_seed: int | None) -> ItemVectors:
+        ids = torch.arange(self.n_items + 2, device=self.attribute_offsets.device)
+        return ItemVectors(self.with_features(ids, self.item_embedding.weight, dropout_seed))
 
     @not_compiled
     def _gathered(self, ids: torch.Tensor, dropout_seed: int | None) -> ItemVectors:
@@ -145,7 +152,7 @@ class S3Rec(nn.Module):
             return rows
         if self.is_cold is not None:
             rows = rows * ~self.is_cold[ids, None]
-        if dropout_seed is not None and self.config.item_id_dropout:
+        if dropout_seed is not None and self.config.item_id_dropout and len(ids):
             rows = rows * keep_mask(hash64(ids, dropout_seed), 1, ID_SITE, self.config.item_id_dropout, rows.dtype)
         table = self.attribute_embedding.weight
         return rows + self.feature_head(pooled_attributes(ids, self.attribute_offsets, self.attribute_values, table))
@@ -153,10 +160,21 @@ class S3Rec(nn.Module):
     @property
     def catalogue_vectors(self) -> torch.Tensor:
         """The vectors of all ids, [N + 2, E], of a model that is not sharded."""
+        return self.item_vectors().weight
+
+    def folded(self) -> S3Rec:
+        """The same model for use: with ``item_features="none"``, and the items' vectors as their rows."""
         if self.config.item_features == "none":
-            return self.item_embedding.weight
-        ids = torch.arange(self.n_items + 2, device=self.attribute_offsets.device)
-        return self.with_features(ids, self.item_embedding.weight)
+            return self
+        config = replace(self.config, item_features="none")
+        sizes = self.n_items, self.n_attributes
+        plain = S3Rec(config, *sizes, pretrain=self.pretrain_config, finetune=self.finetune_config)
+        plain.attribute_offsets, plain.attribute_values = self.attribute_offsets, self.attribute_values
+        weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("feature_head.")}
+        plain.to(self.attribute_offsets.device).load_state_dict(
+            {**weights, "item_embedding.weight": self.catalogue_vectors.detach()}
+        )
+        return plain.train(self.training)
 
     def encode(
         self,
@@ -304,7 +322,7 @@ class S3Rec(nn.Module):
         if queries is not None:
             targets, negatives = targets[queries.tokens], negatives[queries.tokens]
         wanted = [batch.items, targets, negatives if shared is None else shared.items]
-        vectors = self.item_vectors(*wanted, dropout_seed=dropout_seed)
+        vectors = self.item_vectors(*(() if config.loss == "ce" else wanted), dropout_seed=dropout_seed)
         hidden = self.encode(
             batch.items,
             positions,
@@ -330,10 +348,11 @@ class S3Rec(nn.Module):
     def _next_item_loss(
         self, hidden: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor | None, vectors: ItemVectors
     ) -> torch.Tensor:
-        """Sum over hidden states [M, E] with their next items and a negative each [M]; ``vectors`` has theirs."""
+        """Sum over hidden states [M, E] with their next items and a negative each [M]; ``vectors`` has theirs, or of a
+        softmax those of all items."""
         kind = self.finetune_config.loss
         if kind in ("ce", "sampled_ce"):
-            return softmax_loss(hidden, self.catalogue_vectors[1 : self.mask_id], targets.long() - 1)
+            return softmax_loss(hidden, vectors.weight[1 : self.mask_id], targets.long() - 1)
         if negatives is None:
             raise ValueError(f"loss={kind!r} needs a negative item for each target, {NEG_ITEM_ID!r}; or use loss='ce'")
         positive = (hidden * vectors.of(targets)).sum(-1)
@@ -477,7 +496,9 @@ class S3Rec(nn.Module):
             return self.pretrain(*self.reconstruct_pretrain_data(item_seq, lengths))
         hidden = self._last_hidden(item_seq, lengths)
         targets, negatives = interaction[ITEM_ID], interaction.get(NEG_ITEM_ID)
-        vectors = self.item_vectors(targets, targets if negatives is None else negatives)
+        is_softmax = self.finetune_config.loss in ("ce", "sampled_ce")
+        wanted = () if is_softmax else (targets, targets if negatives is None else negatives)
+        vectors = self.item_vectors(*wanted)
         return self._next_item_loss(hidden, targets, negatives, vectors) / len(hidden)
 
     def predict(self, interaction: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -542,10 +542,14 @@ def fit_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], sou
     own = model.state_dict()
     for name in own:
         if name not in weights:
-            raise CheckpointError(f"{source}: has no tensor {name}, which this model needs; is model.layers the same?")
+            raise CheckpointError(
+                f"{source}: has no tensor {name}, which this model needs; is {_setting_of(name)} the same?"
+            )
     for name in weights:
         if name not in own:
-            raise CheckpointError(f"{source}: has a tensor {name}, unknown to this model; is model.layers the same?")
+            raise CheckpointError(
+                f"{source}: has a tensor {name}, unknown to this model; is {_setting_of(name)} the same?"
+            )
     for name, tensor in own.items():
         expected, found = tuple(tensor.shape), tuple(weights[name].shape)
         if expected != found:
@@ -556,3 +560,8 @@ def fit_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], sou
                 f"{hints[min(axis, 1)]}"
             )
     model.load_state_dict(dict(weights))
+
+
+def _setting_of(name: str) -> str:
+    """What decides on whether a model has the tensor ``name``."""
+    return "model.item_features" if name.startswith("feature_head.") else "model.layers"

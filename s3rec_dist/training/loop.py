@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, NoReturn
@@ -40,7 +40,7 @@ from s3rec_dist.data.reconstruct import (
     pretrain_sizes,
     shared_negatives,
 )
-from s3rec_dist.data.stream import PackedSequences, Stream
+from s3rec_dist.data.stream import PackedSequences, Stream, sampled_items
 from s3rec_dist.evaluation import evaluate
 from s3rec_dist.hashing import key_of
 from s3rec_dist.model.flops import finetune_flops, pretrain_flops
@@ -119,6 +119,10 @@ class Task:
                 f"has no negatives; set model.max_length to at most {max(dataset.n_items - 2, 0)}"
             )
         self.spec = stage_spec(name, self.stage.samples, length)
+        self.is_cold: torch.Tensor | None = None
+        """bool [N + 2] on the device with ``item_features="add"``: items that training does not know."""
+        if config.model.item_features == "add":
+            self.is_cold = torch.from_numpy(self._unsampled_items()).to(device)
         if name == "pretrain":
             holdout = self.spec.holdout if config.pretrain.segment_negatives == "train_only" else 0
             self._segment_pool = torch.from_numpy(dataset.segment_pool(holdout)).to(device)
@@ -131,12 +135,31 @@ class Task:
         parts = [(dataset.fingerprint, weight) for dataset, weight in [(self.dataset, 1.0), *self.mix]]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    def _unsampled_items(self) -> np.ndarray:
+        if not self.dataset.n_attributes:
+            raise ConfigError(
+                f"model.item_features=add, but {self.dataset.path} has no attributes; prepare it with --attributes, or "
+                "set model.item_features=none"
+            )
+        parts = [sampled_items(dataset, self.spec) for dataset in (self.dataset, *(other for other, _ in self.mix))]
+        is_cold = ~np.any(parts, 0)
+        is_cold[[0, -1]] = False
+        return is_cold
+
+    def keep_trained(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Of items that this stage has no samples of, those whose own rows are not zero any more in ``weights`` are not
+        cold: earlier training had them."""
+        if self.is_cold is not None and "item_embedding.weight" in weights:
+            self.is_cold &= ~weights["item_embedding.weight"].any(1).to(self.device)
+
     def model(self) -> S3Rec:
         """A model with this run's initial weights."""
         config, dataset = self.config, self.dataset
         torch.manual_seed(config.seed)
         attributes = dataset.item_attributes()
-        return S3Rec(config.model, dataset.n_items, dataset.n_attributes, attributes, config.pretrain, config.finetune)
+        model = S3Rec(config.model, dataset.n_items, dataset.n_attributes, attributes, config.pretrain, config.finetune)
+        model.is_cold = self.is_cold
+        return model
 
     def stream(self, world: World) -> Stream:
         """This rank's part of the stage's batches."""
@@ -328,8 +351,11 @@ def _train(
     with together():
         if found is not None:
             _check_same_run(config, name, task.fingerprint, found)
+            if task.is_cold is not None and config.model.item_table == "dense":
+                task.keep_trained(checkpoint.load_weights(str(found.folder))[0])
         elif name == "finetune":
             pretrained = _load_pretrained(config, model, task.dataset)
+            task.keep_trained(model.state_dict())
     if not resume:
         on_rank_zero(folder.move_aside)
     on_rank_zero(lambda: _prepare_folder(folder, config))

@@ -604,3 +604,140 @@ def test_bf16_losses_are_fp32_sums_near_those_of_the_fp32_model(objective: str) 
     for task, value in found.terms.items():
         assert float(value) == pytest.approx(float(expected.terms[task]), rel=1e-2), task
     assert all(g.isfinite().all() for g in Gradients.of(half, found.total).values.values())
+
+
+# Items by their attributes
+
+COLD = [3, 7, 21]
+
+
+def feature_model(finetune: FinetuneConfig | None = None, **other: Any) -> S3Rec:
+    """With own rows as after training, those of :data:`COLD` items at zero."""
+    model = make_model(finetune=finetune, item_features="add", **other)
+    with torch.no_grad():
+        model.item_embedding.weight.normal_(std=0.2)
+        model.item_embedding.weight[COLD] = 0
+        model.feature_head.weight.normal_(std=0.3)
+    model.is_cold = torch.zeros(N_ITEMS + 2, dtype=torch.bool)
+    model.is_cold[COLD] = True
+    return model
+
+
+def naive_vectors(model: S3Rec) -> torch.Tensor:
+    """[N + 2, E], an item at a time."""
+    has, rows = attributes(), []
+    for item in range(N_ITEMS + 2):
+        own = torch.from_numpy(has.values[has.offsets[item] : has.offsets[item + 1]]).long()
+        row = model.item_embedding.weight[item]
+        if len(own):
+            row = row + model.feature_head(model.attribute_embedding.weight[own].mean(0))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def all_losses(model: S3Rec, seed: int | None = None) -> dict[str, torch.Tensor]:
+    """By stage; ``seed`` turns dropout on."""
+    return {
+        "pretrain": model.pretrain_losses(pretraining(packed(histories())), seed).total,
+        "finetune": model.finetune_losses(finetuning(packed(histories(shortest=2))), seed).total,
+    }
+
+
+def test_own_rows_start_at_zero_and_the_map_as_the_identity() -> None:
+    model = make_model(item_features="add")
+    own = model.item_embedding.weight
+    assert not own[1:MASK].any() and own[0].any() and own[MASK].any()
+    assert torch.equal(model.feature_head.weight, torch.eye(16))
+
+
+def test_vectors_are_their_definition_wherever_they_are_taken_from() -> None:
+    model = feature_model()
+    expected = naive_vectors(model)
+    torch.testing.assert_close(model.catalogue_vectors, expected)
+    items = torch.tensor([[5, 0], [MASK, 3]])
+    torch.testing.assert_close(model.item_vectors(items, torch.tensor([9])).of(items), expected[items])
+
+
+@pytest.mark.parametrize("loss", ["bce", "bpr", "ce"])
+def test_a_folded_model_is_a_plain_one_with_the_same_losses_and_scores(loss: Any) -> None:
+    model = feature_model(FinetuneConfig(loss=loss)).eval()
+    plain = model.folded()
+    assert plain.config.item_features == "none" and not plain.training and not hasattr(plain, "feature_head")
+    torch.testing.assert_close(plain.item_embedding.weight, naive_vectors(model))
+    for name, found in all_losses(plain).items():
+        torch.testing.assert_close(found, all_losses(model)[name], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        plain.full_sort_predict(interaction(histories())), model.full_sort_predict(interaction(histories()))
+    )
+    assert plain.folded() is plain
+
+
+@pytest.mark.parametrize("loss", ["bce", "bpr", "ce"])
+def test_padded_input_gives_the_losses_and_gradients_of_packed_input(loss: Any) -> None:
+    model = feature_model(FinetuneConfig(loss=loss, positions="last")).eval()
+    batch = pretraining(packed(histories()))
+    ours, theirs = model.pretrain_losses(batch), model.padded_pretrain_losses(**padded_batch(batch))
+    assert_same_losses(theirs, ours)
+    Gradients.of(model, theirs.total).assert_close(Gradients.of(model, ours.total))
+
+    model.train_stage = "finetune"
+    tuning = finetuning(packed(histories(shortest=2)))
+    last = tuning.offsets[1:].long() - 1
+    rows = [part.tolist() for part in tuning.items.split(tuning.offsets.diff().tolist())]
+    padded_loss = model.calculate_loss(
+        {
+            "item_id_list": padded(rows, "right"),
+            "item_length": tuning.offsets.diff().long(),
+            "item_id": tuning.targets[last].long(),
+            "neg_item_id": tuning.negatives[last].long(),
+        }
+    )
+    packed_loss = model.finetune_losses(tuning).total / len(tuning)
+    torch.testing.assert_close(padded_loss, packed_loss, rtol=1e-5, atol=1e-5)
+    Gradients.of(model, padded_loss).assert_close(Gradients.of(model, packed_loss))
+
+
+def test_scores_by_attributes_are_the_same_one_by_one_and_all_at_once() -> None:
+    model, batch = feature_model().eval(), interaction(histories())
+    scores = model.full_sort_predict(batch)
+    torch.testing.assert_close(model.predict(batch), scores.gather(1, batch["item_id"][:, None]).squeeze(1))
+
+
+@pytest.mark.parametrize("loss", ["bce", "bpr", "ce"])
+def test_no_loss_reaches_the_own_row_of_a_cold_item(loss: Any) -> None:
+    model = feature_model(FinetuneConfig(loss=loss))
+    for value in all_losses(model, seed=3).values():
+        gradients = Gradients.of(model, value).values
+        assert not gradients["item_embedding.weight"][COLD].any() and gradients["item_embedding.weight"][1:MASK].any()
+        assert gradients["feature_head.weight"].any()
+
+
+def test_id_dropout_is_a_function_of_item_and_step_seed_alone() -> None:
+    model = feature_model(item_id_dropout=0.5)
+    without = naive_vectors(model) - model.item_embedding.weight
+    vectors = model.item_vectors(dropout_seed=9).weight
+    own = vectors - without
+    dropped = own.abs().amax(1) < 1e-6
+    assert 10 < int(dropped.sum()) < N_ITEMS - 10
+    torch.testing.assert_close(own[~dropped], model.item_embedding.weight[~dropped], rtol=1e-4, atol=1e-5)
+    some = torch.tensor([MASK, 4, 4, 30, 8])
+    assert torch.equal(model.item_vectors(some, dropout_seed=9).of(some), vectors[some])
+    assert not torch.equal(model.item_vectors(dropout_seed=10).weight, vectors)
+
+
+@pytest.mark.parametrize("loss", ["bce", "ce"])
+def test_with_id_dropout_a_batch_is_the_sum_of_its_samples(loss: Any) -> None:
+    """And so the same on any number of processes."""
+    model = feature_model(FinetuneConfig(loss=loss), item_id_dropout=0.5)
+    sequences = packed(histories(shortest=2))
+    whole, *halves = [
+        model.finetune_losses(finetuning(part), dropout_seed=9).total for part in (sequences, *sequences.split(2))
+    ]
+    parts = sum(halves, torch.zeros(()))
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-4)
+    Gradients.of(model, parts).assert_close(Gradients.of(model, whole))
+
+
+def test_items_without_attributes_are_their_own_rows() -> None:
+    model = feature_model()
+    assert torch.equal(model.catalogue_vectors[[0, 1, MASK]], model.item_embedding.weight[[0, 1, MASK]])
