@@ -134,7 +134,8 @@ def _model(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], cat
         raise ExportError(f"{path}: its metadata has no settings; expected a run, a checkpoint or an exported model")
     config = from_dict(metadata["config"], path)
     model = S3Rec(
-        dataclasses.replace(config.model, attention="auto"),  # this machine's choice, not the training machine's
+        # this machine's choice, not the training machine's
+        dataclasses.replace(config.model, attention="auto", item_table="dense"),
         catalogue.n_items if catalogue else metadata["n_items"],
         catalogue.n_attributes if catalogue else metadata["n_attributes"],
         catalogue.item_attributes() if catalogue else None,

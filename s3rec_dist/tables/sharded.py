@@ -124,6 +124,14 @@ class ShardedTable:
         """To other ranks, rows, gradients and ids."""
         self._lent: list[_Lent] = []
 
+    @classmethod
+    def among_ranks(
+        cls, spec: TableSpec, *, device: torch.device | str, compute_device: torch.device | str | None = None
+    ) -> ShardedTable:
+        """This process's part, over all that torch.distributed knows."""
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return cls(spec, rank=rank, world_size=size, device=device, compute_device=compute_device)
+
     @property
     def _is_bounded(self) -> bool:
         return self.capacity < self.owned

@@ -3,7 +3,8 @@
     RUN/checkpoints/
       step-00001200/
         deepspeed/            each rank's shard, as DeepSpeed writes it: what a run resumes from
-        model.safetensors     the whole fp32 weights, at any ZeRO stage: what everything else reads
+        tables/               each rank's rows of sharded tables, with their optimizer's state
+        model.safetensors     the other weights, whole and fp32, at any ZeRO stage: what everything else reads
         state.json            stage, epoch, step, best validation, settings, dataset, world size
         manifest.json         size and SHA-256 of every file above
       latest, best            the tag's name
@@ -30,12 +31,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.formats import sha256_of, sync_file
+from s3rec_dist.model.items import MASK_ROW
 from s3rec_dist.storage import DamagedFile, Storage, in_parallel
+from s3rec_dist.tables import ShardedTable, TableSpec
 from s3rec_dist.training.engine import (
     Engine,
     EngineError,
@@ -50,7 +53,8 @@ from s3rec_dist.training.relayout import read_adam_state
 from s3rec_dist.training.snapshot import HostCopies
 
 FOLDER = "checkpoints"
-SHARDS, WEIGHTS, STATE, MANIFEST = "deepspeed", "model.safetensors", "state.json", "manifest.json"
+SHARDS, TABLES = "deepspeed", "tables"
+WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.json", "manifest.json"
 _FORMAT = "s3rec_dist checkpoint"
 WRITING, _OLD = ".writing-", ".old-"
 _DESCRIBED = {"bytes": int, "sha256": str}
@@ -154,12 +158,13 @@ class Saver:
         weights = self._engine.fp32_weights()
         with together():
             shards = self._engine.shards(self._copies)
+            tables = self._engine.table_shards(copied=self._thread is not None)
         if self._thread is not None:
-            self._writing = self._thread.submit(self._write, weights, shards, state, keep, best)
+            self._writing = self._thread.submit(self._write, weights, shards, tables, state, keep, best)
             return
         self._writing = Future()
         try:
-            self._writing.set_result(self._write(weights, shards, state, keep, best))
+            self._writing.set_result(self._write(weights, shards, tables, state, keep, best))
         except Exception as error:
             self._writing.set_exception(error)
 
@@ -184,6 +189,7 @@ class Saver:
         self,
         weights: dict[str, torch.Tensor],
         shards: Mapping[str, Any],
+        tables: Mapping[str, dict[str, torch.Tensor]],
         state: Mapping[str, Any],
         keep: int,
         best: str | None,
@@ -202,6 +208,11 @@ class Saver:
                     for name, tree in shards.items():
                         _write_tensors(draft / SHARDS / name, tree)
                         hashes[f"{SHARDS}/{name}"] = describe(draft / SHARDS / name)
+                    for name, tensors in tables.items():
+                        (draft / TABLES).mkdir(exist_ok=True)
+                        save_file(tensors, draft / TABLES / name)
+                        sync_file(str(draft / TABLES / name))
+                        hashes[f"{TABLES}/{name}"] = describe(draft / TABLES / name)
                     if rank == 0:
                         save_file(weights, draft / WEIGHTS, metadata={"format": "pt"})
                         sync_file(str(draft / WEIGHTS))
@@ -229,7 +240,9 @@ class Saver:
         manifest = json.dumps({"format": _FORMAT, "version": 1, "files": dict(sorted(files.items()))}, indent=1)
         if remote is None:
             _write(draft / MANIFEST, manifest)
-            sync_file(str(draft / SHARDS))
+            for part in (SHARDS, TABLES):
+                if (draft / part).is_dir():
+                    sync_file(str(draft / part))
             sync_file(str(draft))
             target = folder / tag
             if target.exists():  # an earlier run's, passed over as damaged
@@ -436,6 +449,11 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
             f"{checkpoint.source}: was saved with precision {state['precision']}, this run has {engine.precision}; "
             f"resume with engine.precision={state['precision']}, or start over with --no_resume"
         )
+    with together():
+        for name, table in engine.tables.items():
+            table.clear()
+            _read_rows(table, [str(path) for path in sorted((checkpoint.folder / TABLES).glob(f"{name}-*"))])
+            table.steps = state["tables"][name]["steps"]
     if not is_relayout(engine, state):
         with together():
             engine.load_shards(shards)
@@ -459,37 +477,63 @@ def run_layout(engine: Engine) -> dict[str, Any]:
     return {"world_size": engine.world.size, "zero_stage": engine.zero_stage, "precision": engine.precision}
 
 
-def load_weights(path: str, storage: Storage | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def tables_layout(engine: Engine) -> dict[str, Any]:
+    """What a state.json records of tables, from which rows that were never allotted can be made again."""
+    if not engine.tables:
+        return {}
+    tables = engine.tables.items()
+    return {"tables": {name: {**dataclasses.asdict(table.spec), "steps": table.steps} for name, table in tables}}
+
+
+def _read_rows(table: ShardedTable, files: Iterable[str]) -> None:
+    """Puts the rows of a checkpoint's files, of any world size, that are this rank's into ``table``."""
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            ids = tensors.get_tensor("ids")
+            for begin in range(0, len(ids), _ROWS_READ):
+                part = slice(begin, begin + _ROWS_READ)
+                if table.owns(ids[part]).any():
+                    found = {name: tensors.get_slice(name)[part] for name in tensors.keys()}  # noqa: SIM118
+                    table.put(ids[part], found)
+
+
+def load_weights(
+    path: str, storage: Storage | None = None, tables: Mapping[str, ShardedTable] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Whole fp32 weights and their metadata (state.json or config.json, and ``path``), verified, without DeepSpeed.
 
-    ``path`` is the folder or URL of a run (its best checkpoint, or the newest where none is marked), a checkpoint, or
-    an exported model. Raises :class:`CheckpointError`.
+    Rows of items go into this rank's part of ``tables["items"]`` where that is given, else with the other weights, and
+    no rank needs memory for all of them. ``path`` is the folder or URL of a run (its best checkpoint, or the newest
+    where none is marked), a checkpoint, or an exported model. Raises :class:`CheckpointError`.
     """
-    storage = storage or Storage()
+    storage, tables = storage or Storage(), tables or {}
     local = storage.local(path)
     folder = path.rstrip("/") if local is None else str(Path(local))
     if not storage.is_folder(folder):
         raise CheckpointError(f"{path}: no such folder; expected a run, a checkpoint or an exported model")
     names = storage.names(folder)
     if FOLDER in names:
-        return _weights_of_run(f"{folder}/{FOLDER}", storage)
+        return _weights_of_run(f"{folder}/{FOLDER}", storage, tables)
     if MANIFEST in names and STATE in names:
-        return _weights_of_tag(folder, storage)
+        return _weights_of_tag(folder, storage, tables)
     if "config.json" in names:
         metadata = _read_json(f"{folder}/config.json", storage)
-        return _tensors(folder, metadata.get("files", {}), storage), {**metadata, "path": folder}
+        return _tensors(folder, metadata.get("files", {}), storage, metadata, tables), {**metadata, "path": folder}
     stages = [stage for stage in ("finetune", "pretrain") if storage.is_folder(f"{folder}/{stage}/{FOLDER}")]
     hint = f"did you mean {folder}/{stages[0]}?" if stages else "expected a run, a checkpoint or an exported model"
     raise CheckpointError(f"{path}: holds no model; {hint}")
 
 
-def _weights_of_run(folder: str, storage: Storage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+Tables = Mapping[str, ShardedTable]
+
+
+def _weights_of_run(folder: str, storage: Storage, tables: Tables) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if "best" in storage.names(folder):
-        return _weights_of_tag(f"{folder}/{storage.read(f'{folder}/best').decode().strip()}", storage)
+        return _weights_of_tag(f"{folder}/{storage.read(f'{folder}/best').decode().strip()}", storage, tables)
     damaged: list[str] = []
     for tag in _tags(folder, storage):
         try:
-            return _weights_of_tag(f"{folder}/{tag}", storage)
+            return _weights_of_tag(f"{folder}/{tag}", storage, tables)
         except CheckpointError as error:
             damaged.append(str(error))
     if damaged:
@@ -497,20 +541,72 @@ def _weights_of_run(folder: str, storage: Storage) -> tuple[dict[str, torch.Tens
     raise CheckpointError(f"{folder}: holds no checkpoint yet; train first")
 
 
-def _weights_of_tag(folder: str, storage: Storage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _weights_of_tag(folder: str, storage: Storage, tables: Tables) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     files = _files_of(folder, storage)
     with _checked(folder, STATE, files, storage) as path:
         metadata = _read_json(path, Storage())
-    return _tensors(folder, files, storage), {**metadata, "path": folder}
+    return _tensors(folder, files, storage, metadata, tables), {**metadata, "path": folder}
 
 
-def _tensors(folder: str, files: Mapping[str, Any], storage: Storage) -> dict[str, torch.Tensor]:
+def _tensors(
+    folder: str, files: Mapping[str, Any], storage: Storage, metadata: Mapping[str, Any], tables: Tables
+) -> dict[str, torch.Tensor]:
     """The weights in a folder, held against what ``files`` says about them."""
+    weights: dict[str, torch.Tensor] = {}
     try:
-        with _checked(folder, WEIGHTS, files, storage) as path:
-            return dict(load_file(path))
+        with _checked(folder, WEIGHTS, files, storage) as path, safe_open(path, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118
+                if name == _ITEMS and "items" in tables:
+                    _put_whole(tables["items"], stored.get_slice(name), folder)
+                else:
+                    weights[name] = stored.get_tensor(name)
+        for name, described in metadata.get("tables", {}).items():
+            spec = TableSpec(**{key: value for key, value in described.items() if key != "steps"})
+            with contextlib.ExitStack() as stack:
+                shards = sorted(file for file in files if file.startswith(f"{TABLES}/{name}-"))
+                paths = [stack.enter_context(_checked(folder, file, files, storage)) for file in shards]
+                if name in tables:
+                    _check_rows(tables[name], spec.rows, folder)
+                    _read_rows(tables[name], paths)
+                else:
+                    weights[_ITEMS] = _whole_rows(spec, paths)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}/{WEIGHTS}: cannot be read ({error})") from error
+    return weights
+
+
+_ITEMS = "item_embedding.weight"
+_ROWS_READ = 1 << 16
+
+
+def _check_rows(table: ShardedTable, rows: int, source: str) -> None:
+    if table.spec.rows != rows:
+        raise CheckpointError(
+            f"{source}: has {rows - 1:,} items, this dataset {table.spec.rows - 1:,}; take the one it was trained on"
+        )
+
+
+def _put_whole(table: ShardedTable, stored: Any, source: str) -> None:
+    """Rows of a model's own table [N + 2, E], its mask token's in their place."""
+    rows = stored.get_shape()[0] - 1
+    _check_rows(table, rows, source)
+    for begin in range(1, rows + 1, _ROWS_READ):
+        values = stored[begin : min(begin + _ROWS_READ, rows + 1)]
+        ids = torch.arange(begin, begin + len(values))
+        table.put(ids.masked_fill(ids == rows, MASK_ROW), {"rows": values})
+
+
+def _whole_rows(spec: TableSpec, files: Iterable[str]) -> torch.Tensor:
+    """A model's own table [N + 2, E] of a sharded one's rows."""
+    whole = torch.zeros(spec.rows + 1, spec.features)
+    for ids, rows in ShardedTable(dataclasses.replace(spec, optimizer="sgd", capacity=1)).whole():
+        whole[ids] = rows
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            whole[tensors.get_tensor("ids")] = tensors.get_tensor("rows").float()
+    whole[spec.rows] = whole[MASK_ROW]
+    whole[0] = 0
+    return whole
 
 
 def catalogue_of(dataset: Dataset) -> str:

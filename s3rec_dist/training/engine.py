@@ -496,6 +496,21 @@ class Engine:
             norm = math.hypot(norm, float(self._found_norm))
         return StepResult(losses, norm, self._adam.found_inf)
 
+    @property
+    def table_bytes_sent(self) -> int:
+        """By this rank, for rows of tables."""
+        return sum(table.bytes_sent for table in self.tables.values())
+
+    def table_shards(self, *, copied: bool) -> dict[str, dict[str, torch.Tensor]]:
+        """This rank's rows on the host, by the names of the files that it is to write: those that training goes on
+        with, or copies."""
+        return {
+            f"{name}-{self.world.rank:05d}-of-{self.world.size:05d}.safetensors": {
+                key: values.to("cpu", copy=copied) for key, values in table.tensors().items()
+            }
+            for name, table in self.tables.items()
+        }
+
     def _deepspeed_norm(self) -> torch.Tensor | float:
         """The norm of the gradient over all ranks, infinite where DeepSpeed found it so."""
         norm: torch.Tensor | float = self._deepspeed.optimizer._global_grad_norm

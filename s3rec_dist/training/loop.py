@@ -46,6 +46,7 @@ from s3rec_dist.hashing import key_of
 from s3rec_dist.model.flops import finetune_flops, pretrain_flops
 from s3rec_dist.model.s3rec import Losses, S3Rec
 from s3rec_dist.storage import Storage, StorageError
+from s3rec_dist.tables import ShardedTable, TableSpec
 from s3rec_dist.training import checkpoint
 from s3rec_dist.training.checkpoint import Checkpoint, CheckpointError
 from s3rec_dist.training.engine import (
@@ -157,9 +158,28 @@ class Task:
         config, dataset = self.config, self.dataset
         torch.manual_seed(config.seed)
         attributes = dataset.item_attributes()
-        model = S3Rec(config.model, dataset.n_items, dataset.n_attributes, attributes, config.pretrain, config.finetune)
-        model.is_cold = self.is_cold
+        sizes = dataset.n_items, dataset.n_attributes
+        model = S3Rec(config.model, *sizes, attributes, config.pretrain, config.finetune)
+        model.is_cold, model.item_rows = self.is_cold, self.tables.get("items")
         return model
+
+    @cached_property
+    def tables(self) -> dict[str, ShardedTable]:
+        """This rank's parts of the tables that lie outside of the model."""
+        model = self.config.model
+        if model.item_table == "dense":
+            return {}
+        spec = TableSpec(
+            rows=self.dataset.n_items + 1,
+            features=model.hidden_size,
+            optimizer=self.stage.item_optimizer,
+            seed=self.config.seed,
+            initial_std=0.0 if model.item_features == "add" else model.initializer_range,
+            dtype=model.item_dtype,
+            capacity=model.item_capacity,
+        )
+        place = self.device if model.item_device == "auto" else "cpu"
+        return {"items": ShardedTable.among_ranks(spec, device=place, compute_device=self.device)}
 
     def stream(self, world: World) -> Stream:
         """This rank's part of the stage's batches."""
@@ -354,7 +374,7 @@ def _train(
             if task.is_cold is not None and config.model.item_table == "dense":
                 task.keep_trained(checkpoint.load_weights(str(found.folder))[0])
         elif name == "finetune":
-            pretrained = _load_pretrained(config, model, task.dataset)
+            pretrained = _load_pretrained(config, model, task.dataset, task.tables)
             task.keep_trained(model.state_dict())
     if not resume:
         on_rank_zero(folder.move_aside)
@@ -426,7 +446,8 @@ class _Training:
             )
         self.total_steps = self.stage.epochs * self.steps_per_epoch
         self.parameters = sum(p.numel() for p in model.parameters())
-        self.engine = Engine(model, task.losses, self.stage, self.config.engine, world)
+        self.parameters += sum(table.spec.rows * table.spec.features for table in task.tables.values())
+        self.engine = Engine(model, task.losses, self.stage, self.config.engine, world, task.tables)
         self.clock = self.engine.clock
         self.meter = Meter(self.engine, task.flops)
         self.stragglers = Stragglers()
@@ -632,7 +653,7 @@ class _Training:
         model.eval()
         assert isinstance(model, S3Rec)
         try:
-            with torch.no_grad(), self._minding_batches(model.item_embedding):
+            with torch.no_grad(), self._minding_batches(model.blocks[0]):
                 result = evaluate(model, self.task.dataset, self.config.evaluation, "validation", self.world.device)
         except CutShort as cut:
             self.leave(cut.number)
@@ -647,11 +668,12 @@ class _Training:
         return True
 
     @contextlib.contextmanager
-    def _minding_batches(self, embedding: nn.Module) -> Iterator[None]:
-        """A validation: each batch, which looks items up in ``embedding``, is progress, and heeds a signal."""
-        hook = embedding.register_forward_pre_hook(lambda *_: self.watchdog.working("validating"))
+    def _minding_batches(self, block: nn.Module) -> Iterator[None]:
+        """A validation: each batch, which goes through ``block``, is progress, and heeds a signal; where all ranks
+        rank the same users, together."""
+        hook = block.register_forward_pre_hook(lambda *_: self.watchdog.working("validating"))
         try:
-            with self.preemption.cutting_short(embedding):
+            with self.preemption.cutting_short(block, self.world if self.task.tables else None):
                 yield
         finally:
             hook.remove()
@@ -728,6 +750,7 @@ class _Training:
             "n_items": dataset.n_items,
             "n_attributes": dataset.n_attributes,
             **checkpoint.run_layout(self.engine),
+            **checkpoint.tables_layout(self.engine),
             "version": s3rec_dist.__version__,
         }
         best = checkpoint.tag_of(self.best["step"]) if self.best else None
@@ -781,14 +804,14 @@ class _Training:
         self.engine.close()
 
 
-def _load_pretrained(config: Config, model: S3Rec, dataset: Dataset) -> str:
-    """Puts the weights that finetune.pretrained names into the model; returns where they came from."""
+def _load_pretrained(config: Config, model: S3Rec, dataset: Dataset, tables: Mapping[str, ShardedTable]) -> str:
+    """Puts the weights that finetune.pretrained names into the model and its tables; returns where they came from."""
     wanted = config.finetune.pretrained
     if wanted == "none":
         return "none, trained from scratch"
     path = os.path.join(config.output, "pretrain") if wanted == "auto" else wanted
     try:
-        weights, metadata = checkpoint.load_weights(path, dataset.storage)
+        weights, metadata = checkpoint.load_weights(path, dataset.storage, tables)
     except CheckpointError as error:
         raise CheckpointError(
             f"finetune.pretrained={wanted}: {error}. Pretrain first, name a checkpoint, or set "
@@ -834,7 +857,7 @@ _FREE = {
         "on_bad_shard",
         "max_bad_shards",
     },
-    "model": {"attention", "activation_checkpointing"},
+    "model": {"attention", "activation_checkpointing", "item_device"},
     "stage": {
         "checkpoint_every_epochs",
         "checkpoint_every_steps",

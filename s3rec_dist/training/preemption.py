@@ -115,12 +115,13 @@ class Preemption:
         return 0 if pending is None else pending.read()
 
     @contextlib.contextmanager
-    def cutting_short(self, module: nn.Module) -> Iterator[None]:
-        """A block that raises :class:`CutShort` when ``module`` is called after this process has had a signal."""
+    def cutting_short(self, module: nn.Module, world: World | None = None) -> Iterator[None]:
+        """A block that raises :class:`CutShort` when ``module`` is called after this process has had a signal, or,
+        where all ranks of a ``world`` call it alike, after one of them has, on all of them."""
 
         def check(*_: object) -> None:
-            if self._received:
-                raise CutShort(self._received)
+            if number := self.agreed(world) if world else self._received:
+                raise CutShort(number)
 
         hook = module.register_forward_pre_hook(check)
         try:

@@ -84,6 +84,7 @@ class Meter:
         self._counts: dict[str, int] = {}
         self._averaged_over = self._steps = self._samples = self._tokens = self._squares = 0
         self._engine.collectives.sent.clear()
+        self._rows_sent = self._engine.table_bytes_sent
 
     def streamed(self, packed: PackedSequences) -> None:
         """One step of this rank begins; ``packed`` is on the host still."""
@@ -125,7 +126,8 @@ class Meter:
         own: dict[str, float] = {f"terms {task}": self._counts[task] for task in tasks}
         own |= {"over": self._averaged_over, "samples": self._samples, "tokens": self._tokens, "squares": self._squares}
         sent = self._engine.collectives.sent.items()
-        own |= {"sent": sum(wire_bytes(kind, size, world.size) for kind, size in sent), **seconds}
+        of_rows = self._engine.table_bytes_sent - self._rows_sent
+        own |= {"sent": of_rows + sum(wire_bytes(kind, size, world.size) for kind, size in sent), **seconds}
         own |= {"memory": peak_memory_mb(), "device_memory": _device_memory_mb(world.device)}
         row = torch.cat((sums, torch.tensor(list(own.values()), dtype=torch.float64, device=sums.device)))
         if world.size == 1:

@@ -1,0 +1,133 @@
+"""Runs of the real program over a sharded item table: the same at any world size, to the bit after a resume."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+from runs import curve, died_run, events, make_config, make_dataset, run
+
+from s3rec_dist.config import EvaluationConfig, to_dict
+from s3rec_dist.data.dataset import Dataset
+from s3rec_dist.evaluation import evaluate
+from s3rec_dist.export import export, load_model
+from s3rec_dist.training import checkpoint
+
+RUNS = str(Path(__file__).parents[1] / "training" / "runs.py")
+ROWS = "item_embedding.weight"
+SHARDED = {"model__item_table": "sharded", "finetune__epochs": 2, "pretrain__epochs": 2}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_dataset(folder)
+    return folder / "dataset"
+
+
+Launch = Callable[..., list[str]]
+
+
+def jobs(launch: Launch, ranks: int, folder: Path, wanted: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Runs them one after the other; what each rank raised in each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(wanted))
+    output = launch(ranks, [RUNS, str(folder / "jobs.json")])[0]
+    found: dict[str, list[str]] = json.loads(output.split("RESULT ")[1].splitlines()[0])
+    return found
+
+
+def job(dataset: Path, output: Path, stage: str, dies_before: int | None = None, **changes: Any) -> dict[str, Any]:
+    config = to_dict(make_config(dataset, output, **{**SHARDED, **changes}))
+    return {"stage": stage, "config": config, "dies_before": dies_before}
+
+
+def both_stages(dataset: Path, output: Path, **changes: Any) -> dict[str, dict[str, Any]]:
+    changes = {"finetune__pretrained": "auto", **changes}
+    return {stage: job(dataset, output, stage, **changes) for stage in ("pretrain", "finetune")}
+
+
+@pytest.fixture(scope="module")
+def alone(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages on one process."""
+    output = tmp_path_factory.mktemp("alone")
+    config = make_config(dataset, output, finetune__pretrained="auto", **SHARDED)
+    run("pretrain", config)
+    run("finetune", config)
+    return output
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_curves_metrics_and_rows_are_those_of_one_process(
+    ranks: int, launch: Launch, dataset: Path, alone: Path, tmp_path: Path
+) -> None:
+    found = jobs(launch, ranks, tmp_path, both_stages(dataset, tmp_path))
+    assert all(not any(raised) for raised in found.values()), found
+    for stage, name in [("pretrain", "train/loss"), ("finetune", "train/loss"), ("finetune", "validation/MRR")]:
+        expected, own = (curve(folder / stage, name) for folder in (alone, tmp_path))
+        assert own == pytest.approx(expected, rel=1e-5) and len(own) >= 2
+    expected, own_rows = (checkpoint.load_weights(str(folder / "finetune"))[0][ROWS] for folder in (alone, tmp_path))
+    torch.testing.assert_close(own_rows, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_repeats_to_the_bit_and_goes_on_with_another_world_size(
+    launch: Launch, dataset: Path, alone: Path, tmp_path: Path
+) -> None:
+    changes = {"pretrain__checkpoint_every_steps": 5, "pretrain__checkpoint_async": False}
+    config = make_config(dataset, tmp_path / "alone", **SHARDED, **changes)
+    folder = died_run("pretrain", config, 23)
+    run("pretrain", config)
+    assert [event["step"] for event in events(folder, "resume")] == [20]
+    own = {step: loss for step, loss in curve(folder).items() if step > 20}
+    assert own == {step: loss for step, loss in curve(alone / "pretrain").items() if step > 20}
+    for part in ("ids", "rows", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(rows_of(folder)[part], rows_of(alone / "pretrain")[part])
+
+    moved = tmp_path / "moved"
+    jobs(launch, 2, moved / "first", {"a": job(dataset, moved, "pretrain", dies_before=23, **changes)})
+    run("pretrain", make_config(dataset, moved, **SHARDED, **changes))
+    assert curve(moved / "pretrain") == pytest.approx(curve(alone / "pretrain"), rel=1e-5)
+    jobs(launch, 2, moved / "again", {"a": job(dataset, moved, "pretrain", pretrain__epochs=3, **changes)})
+    assert [event["step"] for event in events(moved / "pretrain", "resume")] == [20, 34]
+
+
+def rows_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The rows in a run's newest checkpoint, of one process."""
+    found = checkpoint.newest(folder / "checkpoints")
+    assert found is not None
+    return load_file(found.folder / "tables" / "items-00000-of-00001.safetensors")
+
+
+def test_what_reads_checkpoints_gets_a_model_with_all_items(dataset: Path, alone: Path, tmp_path: Path) -> None:
+    opened = Dataset.open(str(dataset))
+    model = load_model(str(alone / "finetune"), opened).eval()
+    found = evaluate(model, opened, EvaluationConfig(cutoffs=(5, 10)), "validation", "cpu").metrics
+    best = events(alone / "finetune", "best")[0]
+    assert found[best["metric"]] == pytest.approx(best["value"], abs=1e-6)
+
+    export(str(alone / "finetune"), opened, str(tmp_path / "model"))
+    exported = load_model(str(tmp_path / "model"), opened)
+    assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), model.parameters(), strict=True))
+
+    dense = make_config(dataset, tmp_path, finetune__epochs=1, finetune__pretrained=str(alone / "finetune"))
+    run("finetune", dense)
+    back = make_config(dataset, tmp_path / "b", finetune__epochs=1, finetune__pretrained=str(tmp_path / "model"))
+    run("finetune", replace(back, model=replace(back.model, item_table="sharded")))
+    a, b = (curve(folder / "finetune")[1] for folder in (tmp_path, tmp_path / "b"))
+    assert b == pytest.approx(a, rel=1e-6)  # the first step, before any optimizer
+
+
+def test_a_run_does_not_go_on_as_another_kind_of_table(dataset: Path, tmp_path: Path) -> None:
+    died_run("pretrain", make_config(dataset, tmp_path, **SHARDED), 20)
+    with pytest.raises(checkpoint.CheckpointError, match="model.item_table was 'sharded', is 'dense'"):
+        run("pretrain", make_config(dataset, tmp_path, pretrain__epochs=2))
