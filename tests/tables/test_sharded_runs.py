@@ -17,11 +17,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from runs import curve, died_run, events, make_config, make_dataset, run
 
-from s3rec_dist.config import EvaluationConfig, to_dict
+from s3rec_dist.config import Config, EvaluationConfig, to_dict
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.evaluation import evaluate
 from s3rec_dist.export import export, load_model
 from s3rec_dist.training import checkpoint
+from s3rec_dist.training.engine import World
+from s3rec_dist.training.loop import Task
 
 RUNS = str(Path(__file__).parents[1] / "training" / "runs.py")
 ROWS = "item_embedding.weight"
@@ -129,5 +131,60 @@ def test_what_reads_checkpoints_gets_a_model_with_all_items(dataset: Path, alone
 
 def test_a_run_does_not_go_on_as_another_kind_of_table(dataset: Path, tmp_path: Path) -> None:
     died_run("pretrain", make_config(dataset, tmp_path, **SHARDED), 20)
-    with pytest.raises(checkpoint.CheckpointError, match="model.item_table was 'sharded', is 'dense'"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"model.item_table was 'sharded', is 'dense'"):
         run("pretrain", make_config(dataset, tmp_path, pretrain__epochs=2))
+
+
+@pytest.fixture(scope="module")
+def pretrained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense run, whose model others start from."""
+    output = tmp_path_factory.mktemp("pretrained")
+    return run("pretrain", make_config(dataset, output, pretrain__epochs=1))
+
+
+FIFTY = {"finetune__epochs": 5, "finetune__item_learning_rate": 0.05}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+def test_fifty_steps_are_those_of_a_dense_table(
+    optimizer: str, ranks: int, launch: Launch, dataset: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    start = {"finetune__pretrained": str(pretrained), "finetune__item_optimizer": optimizer, **FIFTY}
+    assert jobs(launch, ranks, tmp_path, {"a": job(dataset, tmp_path, "finetune", **start)}) == {"a": [""] * ranks}
+    losses, rows = dense_oracle(make_config(dataset, tmp_path, **start), str(pretrained), optimizer)
+    found = curve(tmp_path / "finetune")
+    assert len(losses) == 50 and [found[i + 1] for i in range(50)] == pytest.approx(losses, rel=1e-5)
+    newest = checkpoint.newest(tmp_path / "finetune" / "checkpoints")
+    assert newest is not None
+    own = checkpoint.load_weights(str(newest.folder))[0][ROWS]
+    assert (own - rows)[1:].norm() < 1e-5 * rows.norm()
+
+
+def dense_oracle(config: Config, pretrained: str, optimizer: str) -> tuple[list[float], torch.Tensor]:
+    """The losses and item rows of plain PyTorch: one table in one process, one optimizer for it, Adam for the rest."""
+    opened = Dataset.open(config.data.path)
+    task = Task(config, "finetune", opened, torch.device("cpu"))
+    dense_config = replace(config, model=replace(config.model, item_table="dense"))
+    dense = Task(dense_config, "finetune", opened, task.device).model()
+    dense.load_state_dict(checkpoint.load_weights(pretrained)[0])
+    rows = dense.item_embedding.weight
+    others = [parameter for parameter in dense.parameters() if parameter is not rows]
+    kind = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optimizer]
+    optimizers = [kind([rows], lr=config.finetune.item_learning_rate)]
+    optimizers.append(torch.optim.Adam(others, lr=config.finetune.learning_rate))
+    stream = task.stream(World(0, 0, 1, task.device))
+    losses, step = [], 0
+    for epoch in range(config.finetune.epochs):
+        for packed in stream.iterate(epoch, 0):
+            found = task.losses(dense, task.batch(packed, epoch), task.dropout_seed(step))
+            loss = found.total / task.count(packed)
+            for each in optimizers:
+                each.zero_grad()
+            loss.backward()
+            for each in optimizers:
+                each.step()
+            losses.append(loss.item())
+            step += 1
+    stream.close()
+    return losses, rows.detach()
