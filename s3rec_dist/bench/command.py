@@ -11,6 +11,7 @@
     s3rec bench prepare --events 5000000 50000000     # seconds, events/s and memory, by size of a synthetic log
     s3rec bench serve --dataset data/beauty           # the HTTP service under load, beside the bare model
     s3rec bench checkpoint --dataset data/beauty      # what a save costs training, waited for and in the background
+    s3rec bench catalogue                             # a step over 100 k, 1 M, 10 M items, on two ranks
     s3rec bench faults                                # a run that is killed 100 times, and 300 damaged checkpoints
 
 Weights are random, the work is real: the dataset is streamed, samples are reconstructed, the engine steps. Each
@@ -60,14 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset",
         metavar="DIR",
-        help="dataset that 's3rec prepare' wrote; resume, prepare, kernels, step, faults and scaling need none",
+        help="dataset that 's3rec prepare' wrote; resume, prepare, kernels, step, faults, scaling and catalogue need "
+        "none",
     )
     parser.add_argument("--config", metavar="FILE", help="settings of model and stage (default: the paper's)")
     parser.add_argument(
         "--steps",
         type=int,
         metavar="N",
-        help="batches, or requests, in a repetition (default: 100; 2000 for stream and serve)",
+        help="batches, or requests, in a repetition (default: 100; 2000 for stream and serve, 10 for catalogue)",
     )
     parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="repetitions (default: 5)")
     parser.add_argument(
@@ -104,7 +106,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{fault}", type=int, default=count, metavar="N", help=f"faults: {what} ({count})")
     parser.add_argument(
-        "--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="scaling: processes (default: 1 2 4)"
+        "--ranks",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="scaling: processes (default: 1 2 4); catalogue: the number of them (default: 2)",
+    )
+    parser.add_argument(
+        "--items",
+        type=int,
+        nargs="+",
+        default=[100_000, 1_000_000, 10_000_000],
+        metavar="N",
+        help="catalogue: sizes of the item table (default: 100000 1000000 10000000)",
     )
     parser.add_argument(
         "--output", metavar="DIR", help="scaling: also write scaling.md, .json, and .png where matplotlib is installed"
@@ -117,7 +131,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures, and prints a table and a JSON line."""
-    args.steps = (2000 if args.name in ("stream", "serve") else 100) if args.steps is None else args.steps
+    if args.steps is None:
+        args.steps = {"stream": 2000, "serve": 2000, "catalogue": 10}.get(args.name, 100)
+    args.ranks = args.ranks or ([2] if args.name == "catalogue" else [1, 2, 4])
     if min(args.ranks) < 1:
         raise BenchError(f"--ranks {min(args.ranks)}: expected 1 or more processes")
     if min(args.steps, args.repetitions) < 1:
@@ -385,7 +401,21 @@ def _shown(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-WITHOUT_DATASET = ("resume", "prepare", "kernels", "step", "faults", "scaling")
+def _catalogue(config: Config, dataset: Dataset | None, world: World, args: argparse.Namespace) -> Figures:
+    """Steps over item tables of several sizes."""
+    from s3rec_dist.bench.catalogue import bench_catalogue
+
+    return bench_catalogue(
+        config,
+        args.items,
+        args.ranks[0],
+        steps=args.steps,
+        repetitions=args.repetitions,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+
+
+WITHOUT_DATASET = ("resume", "prepare", "kernels", "step", "faults", "scaling", "catalogue")
 
 
 def _serve(config: Config, dataset: Dataset, world: World, args: argparse.Namespace) -> Figures:
@@ -408,6 +438,7 @@ BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "checkpoint": _checkpoint,
     "faults": _faults,
     "scaling": _scaling,
+    "catalogue": _catalogue,
     "serve": _serve,
 }
 

@@ -501,7 +501,7 @@ def _try_damages(arguments: dict[str, Any]) -> None:
     draw = random.Random(config.seed)
     world = start(config.engine)
     task = Task(config, "pretrain", Dataset.open(config.data.path, Storage(config.storage)), world.device)
-    engine = Engine(task.model(), task.losses, task.stage, config.engine, world)
+    engine = Engine(task.model(), task.losses, task.stage, config.engine, world, task.tables)
     original, case = Path(arguments["checkpoints"]), Path(arguments["case"])
     names = sorted((path.name for path in original.glob("step-*")), reverse=True)
     seconds, violations = [], []

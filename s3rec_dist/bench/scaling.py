@@ -23,11 +23,9 @@ import json
 import math
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +35,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from s3rec_dist.bench.ranks import measured_by
 from s3rec_dist.config import Config, from_dict, to_dict
 from s3rec_dist.training.phases import PHASES, wire_bytes
 
@@ -186,24 +185,13 @@ def fit_all_reduce(timed: Sequence[tuple[int, float]], ranks: int) -> tuple[floa
 def measure(config: Config, ranks: int, *, steps: int, repetitions: int) -> dict[str, Any]:
     """Trains with ``ranks`` processes under torchrun; returns what they measured, see :func:`_worker`. Raises
     RuntimeError with what they printed where that fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        job, result = Path(folder) / "job.json", Path(folder) / "result.json"
-        job.write_text(json.dumps({"config": to_dict(config), "steps": steps, "repetitions": repetitions}))
-        alone = _own_network()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-        torchrun += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-        command = [*alone, *torchrun, "-m", "s3rec_dist.bench.scaling", str(job), str(result)]
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"} if alone else None
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{ranks} ranks failed with status {done.returncode}:\n{done.stdout}{done.stderr}")
-        found: dict[str, Any] = json.loads(result.read_text())
-        if not alone:
-            found["loopback"] = []
-        return found
+    alone = _own_network()
+    job = {"config": to_dict(config), "steps": steps, "repetitions": repetitions}
+    environment = {"GLOO_SOCKET_IFNAME": "lo"} if alone else {}
+    found = measured_by("s3rec_dist.bench.scaling", job, ranks, prefix=alone, **environment)
+    if not alone:
+        found["loopback"] = []
+    return found
 
 
 def _own_network() -> list[str]:

@@ -50,7 +50,9 @@ class Steps:
     def __init__(self, config: Config, stage: StageName, dataset: Dataset, world: World) -> None:
         self.task = Task(config, stage, dataset, world.device)
         self.stream = self.task.stream(world)
-        self.engine = Engine(self.task.model(), self.task.losses, self.task.stage, config.engine, world)
+        self.engine = Engine(
+            self.task.model(), self.task.losses, self.task.stage, config.engine, world, self.task.tables
+        )
         self._batches = endless(self.stream)
         self._step = 0
 

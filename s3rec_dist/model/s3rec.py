@@ -99,7 +99,7 @@ class S3Rec(nn.Module):
         self.map_head = nn.Linear(e, e)
         self.sp_head = nn.Linear(e, e)
         if attributes is None:
-            offsets, values = torch.zeros(n_items + 3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+            offsets, values = torch.zeros(1, dtype=torch.int64).expand(n_items + 3), torch.zeros(0, dtype=torch.int64)
         else:
             offsets, values = torch.tensor(attributes.offsets), torch.tensor(attributes.values, dtype=torch.int64)
         self.register_buffer("attribute_offsets", offsets, persistent=False)

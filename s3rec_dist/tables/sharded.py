@@ -227,6 +227,10 @@ class ShardedTable:
             held["used_at"] = self._used_at
         return {name: values[: self.used] for name, values in held.items()}
 
+    def memory(self) -> list[torch.Tensor]:
+        """All that this rank's part lies in. No collective."""
+        return [self._slot_of, self._ids, self._rows, self._used_at, *self._state.values()]
+
     def clear(self) -> None:
         """Forgets all rows. No collective."""
         self._slot_of.fill_(-1)

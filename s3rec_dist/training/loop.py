@@ -166,20 +166,9 @@ class Task:
     @cached_property
     def tables(self) -> dict[str, ShardedTable]:
         """This rank's parts of the tables that lie outside of the model."""
-        model = self.config.model
-        if model.item_table == "dense":
+        if self.config.model.item_table == "dense":
             return {}
-        spec = TableSpec(
-            rows=self.dataset.n_items + 1,
-            features=model.hidden_size,
-            optimizer=self.stage.item_optimizer,
-            seed=self.config.seed,
-            initial_std=0.0 if model.item_features == "add" else model.initializer_range,
-            dtype=model.item_dtype,
-            capacity=model.item_capacity,
-        )
-        place = self.device if model.item_device == "auto" else "cpu"
-        return {"items": ShardedTable.among_ranks(spec, device=place, compute_device=self.device)}
+        return {"items": item_table(self.config, self.stage, self.dataset.n_items, self.device)}
 
     def stream(self, world: World) -> Stream:
         """This rank's part of the stage's batches."""
@@ -305,6 +294,22 @@ class Task:
             squares=squares - 2 * tokens + samples,
             last_only=self.config.finetune.positions == "last",
         )
+
+
+def item_table(config: Config, stage: StageConfig, n_items: int, device: torch.device) -> ShardedTable:
+    """This rank's part of a sharded item table, whose rows are new."""
+    model = config.model
+    spec = TableSpec(
+        rows=n_items + 1,
+        features=model.hidden_size,
+        optimizer=stage.item_optimizer,
+        seed=config.seed,
+        initial_std=0.0 if model.item_features == "add" else model.initializer_range,
+        dtype=model.item_dtype,
+        capacity=model.item_capacity,
+    )
+    place = device if model.item_device == "auto" else "cpu"
+    return ShardedTable.among_ranks(spec, device=place, compute_device=device)
 
 
 def open_datasets(config: Config, storage: Storage) -> list[Dataset]:
