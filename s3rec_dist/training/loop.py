@@ -43,6 +43,7 @@ from s3rec_dist.data.reconstruct import (
 from s3rec_dist.data.stream import PackedSequences, Stream, sampled_items
 from s3rec_dist.evaluation import evaluate
 from s3rec_dist.hashing import key_of
+from s3rec_dist.model.dropout import not_compiled
 from s3rec_dist.model.flops import finetune_flops, pretrain_flops
 from s3rec_dist.model.s3rec import Losses, S3Rec
 from s3rec_dist.storage import Storage, StorageError
@@ -237,6 +238,7 @@ class Task:
             return model.pretrain_losses(batch, dropout_seed, self._attribute_negatives(dropout_seed))
         return model.finetune_losses(batch, dropout_seed, self._shared_negatives(batch, dropout_seed))
 
+    @not_compiled
     def _attribute_negatives(self, step_seed: int | None) -> torch.Tensor | None:
         """Those of a step, the same on every rank."""
         count = self.config.pretrain.attribute_negatives
@@ -245,14 +247,15 @@ class Task:
         key = key_of(step_seed or 0, _NEGATIVES_KEY)
         return attribute_negatives(count, self.dataset.n_attributes, key, self.device)
 
+    @not_compiled
     def _shared_negatives(self, batch: FinetuneBatch, step_seed: int | None) -> SharedNegatives | None:
         """Those of a step, the same on every rank."""
         config = self.config.finetune
         if config.loss != "sampled_ce":
             return None
         key = key_of(step_seed or 0, _NEGATIVES_KEY)
-        if batch.step_targets is not None:
-            assert self._shares is not None
+        if self._is_in_batch:
+            assert batch.step_targets is not None and self._shares is not None
             return in_batch_negatives(config.negatives, batch.step_targets, key, self._shares)
         return shared_negatives(config.negatives, self.dataset.n_items, key, self._shares, self.device)
 

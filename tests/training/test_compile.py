@@ -6,6 +6,7 @@ import functools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,13 +24,21 @@ def compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize(("stage", "zero"), [pytest.param("pretrain", 0, marks=pytest.mark.extended), ("finetune", 2)])
+@pytest.mark.parametrize(
+    ("stage", "zero", "losses"),
+    [
+        pytest.param("pretrain", 0, {}, marks=pytest.mark.extended),
+        pytest.param("pretrain", 0, {"pretrain__attribute_negatives": 3}, marks=pytest.mark.extended),
+        pytest.param("finetune", 2, {}, marks=pytest.mark.extended),
+        ("finetune", 2, {"finetune__loss": "sampled_ce", "finetune__negative_sampling": "in_batch"}),
+    ],
+)
 def test_a_compiled_run_has_the_curve_of_one_that_is_not(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, zero: int
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, zero: int, losses: dict[str, Any]
 ) -> None:
     # traced, but left to PyTorch's own kernels, which takes no C++ compiler
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    changes = {f"{stage}__epochs": 2, "engine__zero_stage": zero}
+    changes = {f"{stage}__epochs": 2, "engine__zero_stage": zero, **losses}
     expected = curve(run(stage, make_config(dataset, tmp_path / "plain", **changes)))
     assert not counters["stats"]["unique_graphs"]
     found = curve(run(stage, make_config(dataset, tmp_path / "compiled", engine__compile=True, **changes)))
