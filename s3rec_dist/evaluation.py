@@ -567,7 +567,7 @@ def run(args: argparse.Namespace) -> None:
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     for label, path in models.items():
         with together():
-            model = load_model(path, dataset).to(device).eval()
+            model = load_model(path, dataset, device).to(device).eval()
         begin = time.perf_counter()
         results[label] = result = evaluate(model, dataset, config, args.split, device)
         seconds = time.perf_counter() - begin

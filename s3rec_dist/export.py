@@ -23,9 +23,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -36,6 +37,7 @@ from s3rec_dist.data.dataset import Dataset, Manifest
 from s3rec_dist.data.formats import put_in_place, sync_file
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import DamagedFile, Storage
+from s3rec_dist.tables import ShardedTable, TableSpec
 from s3rec_dist.training.checkpoint import (
     WEIGHTS,
     catalogue_of,
@@ -72,16 +74,36 @@ def load_export(folder: str, storage: Storage | None = None) -> S3Rec:
     return _model(weights, metadata, open_catalogue(folder, metadata, storage)).folded()
 
 
-def load_model(path: str, dataset: Dataset) -> S3Rec:
+def load_model(path: str, dataset: Dataset, cut_on: torch.device | None = None) -> S3Rec:
     """The model of a run's, a checkpoint's or an exported folder or URL, folded for use, on the CPU, with the
     attributes of ``dataset``, whose storage is used.
+
+    With ``cut_on``, and several ranks that all call this, a model that was trained over a sharded table is not folded:
+    its items' rows stay cut over the ranks, on that device.
 
     Raises CheckpointError where its weights are missing or damaged, or where its item ids are not those of
     ``dataset``.
     """
-    weights, metadata = load_weights(path, dataset.storage)
+    tables: dict[str, ShardedTable] = {}
+
+    def cut(metadata: Mapping[str, Any]) -> Mapping[str, ShardedTable]:
+        if cut_on is None or "config" not in metadata:
+            return tables
+        model = from_dict(metadata["config"], path).model
+        if model.item_table == "sharded" and dist.is_initialized() and dist.get_world_size() > 1:
+            known = metadata.get("tables", {}).get("items", {})
+            first = {name: known[name] for name in ("seed", "initial_std") if name in known}
+            spec = TableSpec(rows=metadata["n_items"] + 1, features=model.hidden_size, optimizer="sgd", **first)
+            tables["items"] = ShardedTable.among_ranks(spec, device=cut_on)
+        return tables
+
+    weights, metadata = load_weights(path, dataset.storage, cut)
     check_catalogue(metadata, dataset)
-    return _model(weights, metadata, dataset).folded()
+    if not tables:
+        return _model(weights, metadata, dataset).folded()
+    model = _model(weights, metadata, dataset, item_table="sharded")
+    model.item_rows = tables["items"]
+    return model
 
 
 def open_catalogue(
@@ -128,14 +150,19 @@ def open_catalogue(
     return catalogue
 
 
-def _model(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], catalogue: Dataset | None) -> S3Rec:
+def _model(
+    weights: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, Any],
+    catalogue: Dataset | None,
+    item_table: Literal["dense", "sharded"] = "dense",
+) -> S3Rec:
     path = metadata["path"]
     if "config" not in metadata:
         raise ExportError(f"{path}: its metadata has no settings; expected a run, a checkpoint or an exported model")
     config = from_dict(metadata["config"], path)
     model = S3Rec(
         # this machine's choice, not the training machine's
-        dataclasses.replace(config.model, attention="auto", item_table="dense"),
+        dataclasses.replace(config.model, attention="auto", item_table=item_table),
         catalogue.n_items if catalogue else metadata["n_items"],
         catalogue.n_attributes if catalogue else metadata["n_attributes"],
         catalogue.item_attributes() if catalogue else None,

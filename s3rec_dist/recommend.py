@@ -32,14 +32,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
 
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.formats import DAMAGE, parquet_writer
 from s3rec_dist.data.output import file_output
-from s3rec_dist.evaluation import Histories, add_device_argument, device_of, item_vectors, user_vectors
+from s3rec_dist.evaluation import (
+    Histories,
+    add_device_argument,
+    device_of,
+    item_vectors,
+    scored_items,
+    user_vectors,
+)
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
+from s3rec_dist.tables import ShardedTable
 from s3rec_dist.tables.scored import Scored, WholeItems
+from s3rec_dist.training.engine import together
 
 SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
 
@@ -133,6 +143,34 @@ class Candidates:
         excluded = [torch.from_numpy(part[known]).to(users.device) for part in (rows, places)]
         best, scores = top_k(users, WholeItems(self.vectors), k, (excluded[0], excluded[1]), item_chunk)
         return self.ids[best.cpu().numpy() - 1], scores.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class CutCandidates:
+    """:class:`Candidates` of a model whose items are cut over the ranks, which all call :meth:`best` alike."""
+
+    items: Scored
+    closed: torch.Tensor
+    """bool [C], in the order of the items that are here: those that nobody has taken."""
+
+    @classmethod
+    def of(cls, model: S3Rec, catalogue: Dataset, device: torch.device | str) -> CutCandidates:
+        items = scored_items(model, catalogue.n_items, catalogue.path)
+        own = items.ids(0, len(items))
+        untaken = torch.from_numpy(catalogue.items_table().column("count").to_numpy() == 0)
+        return cls(items, untaken.to(own.device)[own - 1])
+
+    def best(
+        self,
+        users: torch.Tensor,
+        k: int,
+        left_out: tuple[np.ndarray, np.ndarray] | None = None,
+        item_chunk: int = ITEM_CHUNK,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        rows, ids = (np.empty(0, np.int64),) * 2 if left_out is None else left_out
+        excluded = torch.from_numpy(rows).to(users.device), torch.from_numpy(ids).to(users.device)
+        best, scores = top_k(users, self.items, k, excluded, item_chunk, self.closed)
+        return best.cpu().numpy(), scores.cpu().numpy()
 
 
 def _best_of_chunk(scores: torch.Tensor, ids: torch.Tensor, k: int) -> torch.Tensor:
@@ -263,12 +301,16 @@ def recommend(
     """Writes each user's ``k`` best items to the Parquet file ``output``, a path or URL under the storage of
     ``catalogue``, whole or not at all, and counts them.
 
-    With ``include_seen`` the items of a user's own history are candidates too. Raises :class:`RecommendError`
+    With ``include_seen`` the items of a user's own history are candidates too. Where the model's items are cut over
+    ranks, all of them call this alike, and rank 0 writes. Raises :class:`RecommendError`
     where the file cannot be written, EvaluationError where the model does not fit or its scores are not finite.
     """
     raw = catalogue.items_table().column("raw").combine_chunks()
-    with torch.no_grad(), _whole_table(output, catalogue.storage) as write:
-        candidates = Candidates.of(model, catalogue, device)
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    writer = _whole_table(output, catalogue.storage) if is_first else contextlib.nullcontext(lambda table: None)
+    with torch.no_grad(), writer as write:
+        is_cut = isinstance(model.item_rows, ShardedTable)
+        candidates = (CutCandidates if is_cut else Candidates).of(model, catalogue, device)
         for batch in _batches(histories, batch_users):
             seen = None if include_seen else batch.seen()
             items, scores = candidates.best(user_vectors(model, batch, device), k, seen, item_chunk)
@@ -375,25 +417,29 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """``s3rec recommend``: the file, and a line about it on stdout."""
-    from s3rec_dist.export import load_export, load_model, open_catalogue
+    from s3rec_dist.export import load_model, open_catalogue
 
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise RecommendError(
-            "recommend runs as one process; start it without a launcher, once for each part of the users if need be"
-        )
     if not args.dataset and not args.histories:
         raise RecommendError("nobody to recommend to; give --dataset for its users, or --histories for others")
     begin = time.perf_counter()
     device = device_of(args.device)
     counts, storage = Counts(), storage_of(args)
-    if args.dataset:
-        catalogue = Dataset.open(args.dataset, storage)
-        model = load_model(args.model, catalogue)
-    else:
-        found = open_catalogue(args.model, storage=storage)
-        if found is None:
-            raise RecommendError(f"{args.model}: has no catalogue, so raw ids mean nothing to it; give --dataset too")
-        catalogue, model = found, load_export(args.model, storage)
+    with together():
+        if args.dataset:
+            catalogue = Dataset.open(args.dataset, storage)
+        else:
+            found = open_catalogue(args.model, storage=storage)
+            if found is None:
+                raise RecommendError(
+                    f"{args.model}: has no catalogue, so raw ids mean nothing to it; give --dataset too"
+                )
+            catalogue = found
+        model = load_model(args.model, catalogue, device)
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not isinstance(model.item_rows, ShardedTable):
+            raise RecommendError(
+                f"{args.model}: was not trained over a sharded item table, so recommend runs as one process; start it "
+                "without a launcher, once for each part of the users if need be"
+            )
     if args.histories:
         skip = args.unknown_items == "skip"
         histories = file_histories(args.histories, catalogue, counts, skip_unknown=skip)
@@ -413,6 +459,8 @@ def run(args: argparse.Namespace) -> None:
         batch_users=args.batch_users,
         item_chunk=args.item_chunk,
     )
+    if dist.is_initialized() and dist.get_rank():
+        return
     print(
         f"{args.output}: {counts.rows:,} recommendations for {counts.users:,} users among {catalogue.n_items:,} items, "
         f"in {time.perf_counter() - begin:.1f} s"

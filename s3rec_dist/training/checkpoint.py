@@ -24,7 +24,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -59,6 +59,11 @@ _FORMAT = "s3rec_dist checkpoint"
 WRITING, _OLD = ".writing-", ".old-"
 _DESCRIBED = {"bytes": int, "sha256": str}
 """What a manifest says of a file."""
+
+
+Tables = Mapping[str, ShardedTable]
+TablesFor = Callable[[Mapping[str, Any]], Tables]
+"""From a checkpoint's or model folder's metadata to the tables that its rows are to go into."""
 
 
 class CheckpointError(ValueError):
@@ -498,15 +503,16 @@ def _read_rows(table: ShardedTable, files: Iterable[str]) -> None:
 
 
 def load_weights(
-    path: str, storage: Storage | None = None, tables: Mapping[str, ShardedTable] | None = None
+    path: str, storage: Storage | None = None, tables: TablesFor = lambda _: {}
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Whole fp32 weights and their metadata (state.json or config.json, and ``path``), verified, without DeepSpeed.
 
-    Rows of items go into this rank's part of ``tables["items"]`` where that is given, else with the other weights, and
-    no rank needs memory for all of them. ``path`` is the folder or URL of a run (its best checkpoint, or the newest
-    where none is marked), a checkpoint, or an exported model. Raises :class:`CheckpointError`.
+    Where ``tables``, given the metadata, has ``"items"``, their rows go into this rank's part of that, else with the
+    other weights, and no rank needs memory for all of them. ``path`` is the folder or URL of a run (its best
+    checkpoint, or the newest where none is marked), a checkpoint, or an exported model. Raises
+    :class:`CheckpointError`.
     """
-    storage, tables = storage or Storage(), tables or {}
+    storage = storage or Storage()
     local = storage.local(path)
     folder = path.rstrip("/") if local is None else str(Path(local))
     if not storage.is_folder(folder):
@@ -518,16 +524,16 @@ def load_weights(
         return _weights_of_tag(folder, storage, tables)
     if "config.json" in names:
         metadata = _read_json(f"{folder}/config.json", storage)
-        return _tensors(folder, metadata.get("files", {}), storage, metadata, tables), {**metadata, "path": folder}
+        return _tensors(folder, metadata.get("files", {}), storage, metadata, tables(metadata)), {
+            **metadata,
+            "path": folder,
+        }
     stages = [stage for stage in ("finetune", "pretrain") if storage.is_folder(f"{folder}/{stage}/{FOLDER}")]
     hint = f"did you mean {folder}/{stages[0]}?" if stages else "expected a run, a checkpoint or an exported model"
     raise CheckpointError(f"{path}: holds no model; {hint}")
 
 
-Tables = Mapping[str, ShardedTable]
-
-
-def _weights_of_run(folder: str, storage: Storage, tables: Tables) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _weights_of_run(folder: str, storage: Storage, tables: TablesFor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if "best" in storage.names(folder):
         return _weights_of_tag(f"{folder}/{storage.read(f'{folder}/best').decode().strip()}", storage, tables)
     damaged: list[str] = []
@@ -541,11 +547,11 @@ def _weights_of_run(folder: str, storage: Storage, tables: Tables) -> tuple[dict
     raise CheckpointError(f"{folder}: holds no checkpoint yet; train first")
 
 
-def _weights_of_tag(folder: str, storage: Storage, tables: Tables) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _weights_of_tag(folder: str, storage: Storage, tables: TablesFor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     files = _files_of(folder, storage)
     with _checked(folder, STATE, files, storage) as path:
         metadata = _read_json(path, Storage())
-    return _tensors(folder, files, storage, metadata, tables), {**metadata, "path": folder}
+    return _tensors(folder, files, storage, metadata, tables(metadata)), {**metadata, "path": folder}
 
 
 def _tensors(

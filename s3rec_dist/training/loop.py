@@ -819,7 +819,7 @@ def _load_pretrained(config: Config, model: S3Rec, dataset: Dataset, tables: Map
         return "none, trained from scratch"
     path = os.path.join(config.output, "pretrain") if wanted == "auto" else wanted
     try:
-        weights, metadata = checkpoint.load_weights(path, dataset.storage, tables)
+        weights, metadata = checkpoint.load_weights(path, dataset.storage, lambda _: tables)
     except CheckpointError as error:
         raise CheckpointError(
             f"finetune.pretrained={wanted}: {error}. Pretrain first, name a checkpoint, or set "

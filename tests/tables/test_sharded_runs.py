@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from runs import curve, died_run, events, make_config, make_dataset, run
 
+from s3rec_dist.__main__ import main
 from s3rec_dist.config import Config, EvaluationConfig, to_dict
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.evaluation import evaluate
@@ -127,6 +129,36 @@ def test_what_reads_checkpoints_gets_a_model_with_all_items(dataset: Path, alone
     run("finetune", replace(back, model=replace(back.model, item_table="sharded")))
     a, b = (curve(folder / "finetune")[1] for folder in (tmp_path, tmp_path / "b"))
     assert b == pytest.approx(a, rel=1e-6)  # the first step, before any optimizer
+
+
+@pytest.mark.parametrize("protocol", ["full", "sampled"])
+def test_processes_that_each_hold_a_part_rank_as_one_that_holds_all(
+    protocol: str, launch: Launch, dataset: Path, alone: Path, tmp_path: Path
+) -> None:
+    opened, model = Dataset.open(str(dataset)), str(alone / "finetune")
+    arguments = ["--dataset", str(dataset), "--protocol", protocol, "--negatives", "20", "--cutoffs", "1", "5"]
+    found = tmp_path / "found.json"
+    launch(3, ["-m", "s3rec_dist", "evaluate", "--model", model, *arguments, "--item-chunk", "7", "--json", str(found)])
+    config = EvaluationConfig(protocol=protocol, negatives=20, cutoffs=(1, 5))  # type: ignore[arg-type]
+    expected = evaluate(load_model(model, opened).eval(), opened, config, "test", "cpu")
+    result = json.loads(found.read_text())["results"][0]
+    assert result["metrics"] == pytest.approx(expected.metrics, abs=1e-12) and result["users"] == expected.users
+
+
+def test_processes_that_each_hold_a_part_recommend_as_one_that_holds_all(
+    launch: Launch, dataset: Path, alone: Path, tmp_path: Path
+) -> None:
+    def command(name: str) -> list[str]:
+        chosen = ["--dataset", str(dataset), "--output", str(tmp_path / name), "--k", "50", "--item-chunk", "7"]
+        return ["recommend", str(alone / "finetune"), *chosen]
+
+    lines = launch(3, ["-m", "s3rec_dist", *command("parts.parquet")])
+    assert "recommendations for 73 users" in lines[0] and not lines[1].strip()
+    assert main(command("whole.parquet")) == 0
+    whole, parts = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("whole", "parts"))
+    assert parts.drop(["score"]).equals(whole.drop(["score"])) and parts.num_rows > 73 * 40
+    scores = [table.column("score").to_numpy() for table in (whole, parts)]
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6)
 
 
 def test_a_run_does_not_go_on_as_another_kind_of_table(dataset: Path, tmp_path: Path) -> None:
