@@ -30,15 +30,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from s3rec_dist.config import EngineConfig, EvaluationConfig
+from s3rec_dist.config import EngineConfig, EvaluationConfig, from_dict
 from s3rec_dist.data.dataset import Dataset
+from s3rec_dist.data.order import SampleSpec, stage_spec
+from s3rec_dist.data.stream import sampled_items
 from s3rec_dist.hashing import hash64, key_of, uniform_below
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
@@ -130,25 +133,58 @@ def evaluate(
 ) -> EvaluationResult:
     """Ranks every user's held-out item. With torch.distributed initialised, all ranks must call it: each takes its
     part of the users, and gets the whole result. Raises :class:`EvaluationError` on every rank where one fails."""
+    return evaluate_apart(model, dataset, config, split, device, {})[""]
+
+
+def evaluate_apart(
+    model: S3Rec,
+    dataset: Dataset,
+    config: EvaluationConfig,
+    split: Split,
+    device: torch.device | str,
+    kinds: Mapping[str, np.ndarray],
+) -> dict[str, EvaluationResult]:
+    """As :func:`evaluate`, whose result stands under '', and of ``kinds`` of items, bool [N + 2], each by its name: of
+    the users whose held-out item is one. Without any it has no metrics."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     cutoffs = tuple(dict.fromkeys(config.cutoffs))
-    sums = torch.zeros(2 * len(cutoffs) + 1, dtype=torch.float64, device=device)
-    ranked = 0
+    sums = torch.zeros(1 + len(kinds), 2 * len(cutoffs) + 2, dtype=torch.float64, device=device)
+    masks = [torch.from_numpy(is_of_kind).to(device) for is_of_kind in kinds.values()]
     is_cut = isinstance(model.item_rows, ShardedTable)  # over the ranks: then all rank all users
     with together():
         scorer = model_scorer(model, dataset, device)
         rank_of, protocol = _ranker(dataset, config, split)
     with contextlib.nullcontext() if is_cut else together(), torch.no_grad():
-        for _, ranks in _ranked(scorer, rank_of, dataset, config, split, whole=is_cut):
-            sums += metric_sums(ranks, cutoffs)
-            ranked += len(ranks)
-    sums = torch.cat((sums, sums.new_tensor([ranked])))
+        for batch, ranks in _ranked(scorer, rank_of, dataset, config, split, whole=is_cut):
+            targets = torch.from_numpy(batch.targets).to(device)
+            for own, part in zip(sums, [ranks, *(ranks[mask[targets]] for mask in masks)], strict=True):
+                own += F.pad(metric_sums(part, cutoffs), (0, 1), value=len(part))
     if world_size > 1 and not is_cut:
         dist.all_reduce(sums)
-    ranked = int(sums[-1].item())  # all users but those of damaged shards that were left out
-    if not ranked:
+    users = sums[:, -1].long().tolist()  # all but those of damaged shards that were left out
+    if not users[0]:
         raise EvaluationError(f"{dataset.path}: all its users lie in damaged shards; restore them")
-    return EvaluationResult(_metrics(sums[:-1], cutoffs, ranked), ranked, protocol)
+    metrics = [_metrics(own[:-1], cutoffs, count) if count else {} for own, count in zip(sums, users, strict=True)]
+    return {
+        name: EvaluationResult(found, count, protocol)
+        for name, found, count in zip(["", *kinds], metrics, users, strict=True)
+    }
+
+
+def cold_items(dataset: Dataset, fingerprint: str, spec: SampleSpec) -> np.ndarray:
+    """Which items training did not have, bool [N + 2]: those that no sample held in the revision of ``dataset`` with
+    this ``fingerprint``, and those that came later. Raises :class:`EvaluationError` where it has no such revision."""
+    for revision in range(dataset.manifest.revision, 0, -1):
+        then = Dataset.open(dataset.path, dataset.storage, revision=revision)
+        if then.fingerprint == fingerprint:
+            is_cold = np.ones(dataset.n_items + 2, dtype=bool)
+            is_cold[: then.n_items + 1] = ~sampled_items(then, spec)[:-1]
+            is_cold[[0, -1]] = False
+            return is_cold
+    raise EvaluationError(
+        f"{dataset.path}: none of its revisions is what the model was trained on, so that nothing tells which items "
+        "are cold; take the dataset that it was trained on (without data.mix), or leave --cold out"
+    )
 
 
 def user_ranks(scorer: Scorer, dataset: Dataset, config: EvaluationConfig, split: Split) -> tuple[np.ndarray, str]:
@@ -156,7 +192,8 @@ def user_ranks(scorer: Scorer, dataset: Dataset, config: EvaluationConfig, split
     words; over several processes as :func:`evaluate`."""
     with together(), torch.no_grad():
         rank_of, protocol = _ranker(dataset, config, split)
-        parts = [(rows, ranks.cpu().numpy()) for rows, ranks in _ranked(scorer, rank_of, dataset, config, split)]
+        ranked = _ranked(scorer, rank_of, dataset, config, split)
+        parts = [(batch.rows, ranks.cpu().numpy()) for batch, ranks in ranked]
     every = [part for own in gather(parts) for part in own]
     if not every:
         raise EvaluationError(f"{dataset.path}: all its users lie in damaged shards; restore them")
@@ -166,14 +203,14 @@ def user_ranks(scorer: Scorer, dataset: Dataset, config: EvaluationConfig, split
 
 def _ranked(
     scorer: Scorer, rank_of: Ranker, dataset: Dataset, config: EvaluationConfig, split: Split, *, whole: bool = False
-) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """(rows [B], ranks [B]) of this process's share of the users, or of the whole of them."""
+) -> Iterator[tuple[HeldOut, torch.Tensor]]:
+    """Batches of this process's share of the users, or of the whole of them, with their ranks [B]."""
     is_shared = dist.is_initialized() and not whole
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_shared else (0, 1)
     for batch in held_out(dataset, split, config.batch_users, rank, world_size):
         users, items = scorer(batch.histories)
         targets = torch.from_numpy(batch.targets).to(users.device)
-        yield batch.rows, rank_of(batch, users, items, targets)
+        yield batch, rank_of(batch, users, items, targets)
 
 
 def metric_sums(ranks: torch.Tensor, cutoffs: Sequence[int]) -> torch.Tensor:
@@ -523,6 +560,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"items scored together, which bounds memory (default: {defaults.item_chunk})",
     )
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="also apart for users whose held-out item is warm or cold: cold ones are new in the dataset since the "
+        "model was trained, or no training sample held them",
+    )
     add_device_argument(parser)
     add_storage_argument(parser)
     parser.add_argument("--json", metavar="FILE", help="write the results here as well")
@@ -547,7 +590,7 @@ def device_of(name: str) -> torch.device:
 
 def run(args: argparse.Namespace) -> None:
     """``s3rec evaluate``: a table on stdout, and JSON where asked for."""
-    from s3rec_dist.export import load_model
+    from s3rec_dist.export import open_model
 
     config = EvaluationConfig(
         protocol=args.protocol or ("sampled" if args.negatives_file else "full"),
@@ -567,17 +610,36 @@ def run(args: argparse.Namespace) -> None:
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     for label, path in models.items():
         with together():
-            model = load_model(path, dataset, device).to(device).eval()
+            tell = partial(print, file=sys.stderr) if is_first else lambda _: None
+            model, metadata = open_model(path, dataset, device, tell)
+            kinds = _warm_and_cold(metadata, dataset) if args.cold else {}
         begin = time.perf_counter()
-        results[label] = result = evaluate(model, dataset, config, args.split, device)
+        found = evaluate_apart(model.to(device).eval(), dataset, config, args.split, device, kinds)
         seconds = time.perf_counter() - begin
-        entries.append({"label": label, "model": path, "split": args.split, **dataclasses.asdict(result)})
+        for kind, result in found.items():
+            results[f"{label}, {kind}" if kind else label] = result
+            own = {"items": kind} if kind else {}
+            entries.append({"label": label, **own, "model": path, "split": args.split, **dataclasses.asdict(result)})
         if is_first:
-            print(f"{label}: ranked {result.users:,} users in {seconds:.1f} s", file=sys.stderr)
+            print(f"{label}: ranked {found[''].users:,} users in {seconds:.1f} s", file=sys.stderr)
     if is_first:
         print(format_table(results))
         if args.json:
             dataset.storage.write(args.json, (json.dumps({"results": entries}, indent=1) + "\n").encode())
+
+
+def _warm_and_cold(metadata: Mapping[str, Any], dataset: Dataset) -> dict[str, np.ndarray]:
+    """Items by kind, for the model of these ``metadata``."""
+    from s3rec_dist.export import trained_on
+
+    stage, path = metadata.get("stage"), metadata["path"]
+    fingerprint = trained_on(metadata)
+    if not fingerprint or stage not in ("pretrain", "finetune"):
+        raise EvaluationError(f"{path}: does not say which data it was trained on, which --cold needs; leave that out")
+    config = from_dict(metadata["config"], path)
+    spec = stage_spec(stage, getattr(config, stage).samples, config.model.max_length)
+    is_cold = cold_items(dataset, fingerprint, spec)
+    return {"warm items": ~is_cold, "cold items": is_cold}
 
 
 def _labelled(arguments: Sequence[str]) -> dict[str, str]:

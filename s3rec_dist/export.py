@@ -35,14 +35,16 @@ import s3rec_dist
 from s3rec_dist.config import Config, from_dict, to_dict
 from s3rec_dist.data.dataset import Dataset, Manifest
 from s3rec_dist.data.formats import put_in_place, sync_file
+from s3rec_dist.data.output import Progress
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import DamagedFile, Storage
 from s3rec_dist.tables import ShardedTable, TableSpec
 from s3rec_dist.training.checkpoint import (
     WEIGHTS,
+    Growth,
     catalogue_of,
-    check_catalogue,
     describe,
+    fit_to_dataset,
     fit_weights,
     load_weights,
 )
@@ -64,6 +66,10 @@ class ExportError(ValueError):
     """A model that cannot be exported, imported or loaded; the message names the file or tensor."""
 
 
+def _nobody(line: str) -> None:
+    pass
+
+
 def load_export(folder: str, storage: Storage | None = None) -> S3Rec:
     """The model of a folder or URL written by ``s3rec export`` or ``s3rec import``, folded for use, on the CPU, with
     the item attributes where the folder has a catalogue.
@@ -71,19 +77,26 @@ def load_export(folder: str, storage: Storage | None = None) -> S3Rec:
     Raises :class:`ExportError` for another kind of folder, and CheckpointError or DatasetError for a damaged file.
     """
     weights, metadata = load_weights(folder, storage)
-    return _model(weights, metadata, open_catalogue(folder, metadata, storage)).folded()
+    return _model(weights, metadata, open_catalogue(folder, metadata, storage))[0].folded()
 
 
-def load_model(path: str, dataset: Dataset, cut_on: torch.device | None = None) -> S3Rec:
+def load_model(path: str, dataset: Dataset, cut_on: torch.device | None = None, tell: Progress = _nobody) -> S3Rec:
     """The model of a run's, a checkpoint's or an exported folder or URL, folded for use, on the CPU, with the
-    attributes of ``dataset``, whose storage is used.
+    attributes of ``dataset``, whose storage is used. ``tell`` is told where that has grown since.
 
     With ``cut_on``, and several ranks that all call this, a model that was trained over a sharded table is not folded:
     its items' rows stay cut over the ranks, on that device.
 
-    Raises CheckpointError where its weights are missing or damaged, or where its item ids are not those of
-    ``dataset``.
+    Raises CheckpointError where its weights are missing or damaged, or where its item ids are not those that
+    ``dataset`` begins with.
     """
+    return open_model(path, dataset, cut_on, tell)[0]
+
+
+def open_model(
+    path: str, dataset: Dataset, cut_on: torch.device | None = None, tell: Progress = _nobody
+) -> tuple[S3Rec, dict[str, Any]]:
+    """As :func:`load_model`, with the model's metadata."""
     tables: dict[str, ShardedTable] = {}
 
     def cut(metadata: Mapping[str, Any]) -> Mapping[str, ShardedTable]:
@@ -93,17 +106,17 @@ def load_model(path: str, dataset: Dataset, cut_on: torch.device | None = None) 
         if model.item_table == "sharded" and dist.is_initialized() and dist.get_world_size() > 1:
             known = metadata.get("tables", {}).get("items", {})
             first = {name: known[name] for name in ("seed", "initial_std") if name in known}
-            spec = TableSpec(rows=metadata["n_items"] + 1, features=model.hidden_size, optimizer="sgd", **first)
+            spec = TableSpec(rows=dataset.n_items + 1, features=model.hidden_size, optimizer="sgd", **first)
             tables["items"] = ShardedTable.among_ranks(spec, device=cut_on)
         return tables
 
     weights, metadata = load_weights(path, dataset.storage, cut)
-    check_catalogue(metadata, dataset)
+    model, growth = _model(weights, metadata, dataset, item_table="sharded" if tables else "dense")
+    _tell_of(growth, path, dataset, tell)
     if not tables:
-        return _model(weights, metadata, dataset).folded()
-    model = _model(weights, metadata, dataset, item_table="sharded")
+        return model.folded(), metadata
     model.item_rows = tables["items"]
-    return model
+    return model, metadata
 
 
 def open_catalogue(
@@ -150,40 +163,59 @@ def open_catalogue(
     return catalogue
 
 
+def _tell_of(growth: Growth, path: str, dataset: Dataset, tell: Progress) -> None:
+    if growth:
+        tell(
+            f"{path}: {dataset.path} has {growth.items:,} items and {growth.attributes:,} attributes more than the "
+            "model was trained on"
+        )
+
+
 def _model(
     weights: Mapping[str, torch.Tensor],
     metadata: Mapping[str, Any],
     catalogue: Dataset | None,
     item_table: Literal["dense", "sharded"] = "dense",
-) -> S3Rec:
+) -> tuple[S3Rec, Growth]:
     path = metadata["path"]
     if "config" not in metadata:
         raise ExportError(f"{path}: its metadata has no settings; expected a run, a checkpoint or an exported model")
     config = from_dict(metadata["config"], path)
-    model = S3Rec(
-        # this machine's choice, not the training machine's
-        dataclasses.replace(config.model, attention="auto", item_table=item_table),
-        catalogue.n_items if catalogue else metadata["n_items"],
-        catalogue.n_attributes if catalogue else metadata["n_attributes"],
-        catalogue.item_attributes() if catalogue else None,
-        config.pretrain,
-        config.finetune,
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # for items that are new
+        model = S3Rec(
+            # this machine's choice, not the training machine's
+            dataclasses.replace(config.model, attention="auto", item_table=item_table),
+            catalogue.n_items if catalogue else metadata["n_items"],
+            catalogue.n_attributes if catalogue else metadata["n_attributes"],
+            catalogue.item_attributes() if catalogue else None,
+            config.pretrain,
+            config.finetune,
+        )
+    if catalogue is not None:
+        return model, fit_to_dataset(model, weights, metadata, catalogue)
     fit_weights(model, weights, path)
-    return model
+    return model, Growth()
 
 
-def export(path: str, dataset: Dataset, output: str, *, overwrite: bool = False) -> None:
+def export(path: str, dataset: Dataset, output: str, *, overwrite: bool = False, tell: Progress = _nobody) -> None:
     """Writes the model of a run, checkpoint or exported folder as a model folder with the catalogue of ``dataset``,
-    whose storage is used. Both may be paths or URLs.
+    whose storage is used. Both may be paths or URLs. ``tell`` is told where the dataset has grown since.
 
     Raises :class:`ExportError` where ``output`` exists or cannot be written, and what :func:`load_model` raises.
     """
     weights, metadata = load_weights(path, dataset.storage)
-    check_catalogue(metadata, dataset)
-    model = _model(weights, metadata, dataset)
+    model, growth = _model(weights, metadata, dataset)
+    _tell_of(growth, path, dataset, tell)
     kept: dict[str, Any] = {name: metadata[name] for name in _FACTS if name in metadata}
+    if fingerprint := trained_on(metadata):
+        kept["trained_on"] = fingerprint
     write_model(model, output, kept, from_dict(metadata["config"], path), dataset, overwrite=overwrite)
+
+
+def trained_on(metadata: Mapping[str, Any]) -> str:
+    """The fingerprint of the data that a model of :func:`load_weights` was trained on, '' where it is not known."""
+    return str(metadata.get("trained_on" if "format" in metadata else "dataset_fingerprint", ""))
 
 
 def write_model(
@@ -199,7 +231,8 @@ def write_model(
     """Writes a model folder, whole or not at all; an earlier model folder is replaced only with ``overwrite``.
     ``output`` is a path or URL under ``storage``, or else the dataset's.
 
-    ``facts`` (stage, epoch, step, metrics) go into config.json and the model card. Raises :class:`ExportError`.
+    ``facts`` (stage, epoch, step, metrics, trained_on) go into config.json and the model card. Raises
+    :class:`ExportError`.
     """
     settings = {name: value for name, value in to_dict(config).items() if name in _KEPT_SETTINGS}
     for section, name in _PATHS.items():
@@ -222,6 +255,7 @@ def write_model(
             "dataset": counts,
             "dataset_fingerprint": dataset.fingerprint,
             "catalogue": catalogue_of(dataset),
+            "attribute_catalogue": dataset.attributes_digest(dataset.n_attributes),
         }
     weights = {name: tensor.float().contiguous() for name, tensor in model.state_dict().items()}
     storage = storage or (dataset.storage if dataset else Storage())

@@ -23,9 +23,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -434,7 +436,7 @@ def run(args: argparse.Namespace) -> None:
                     f"{args.model}: has no catalogue, so raw ids mean nothing to it; give --dataset too"
                 )
             catalogue = found
-        model = load_model(args.model, catalogue, device)
+        model = load_model(args.model, catalogue, device, partial(print, file=sys.stderr))
         if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not isinstance(model.item_rows, ShardedTable):
             raise RecommendError(
                 f"{args.model}: was not trained over a sharded item table, so recommend runs as one process; start it "

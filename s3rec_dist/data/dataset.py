@@ -573,6 +573,17 @@ class Dataset:
         """id, field, raw; row a is attribute a + 1."""
         return self._read_catalogue("attributes.parquet", ATTRIBUTES_SCHEMA, self.n_attributes)
 
+    def items_digest(self, count: int) -> str:
+        """What ``manifest.catalogue`` was when the dataset had its first ``count`` items; '' where it has fewer."""
+        if count == self.n_items:
+            return self.manifest.catalogue
+        return _digest(self._items.select(["raw"]).slice(0, count)) if count < self.n_items else ""
+
+    def attributes_digest(self, count: int) -> str:
+        """SHA-256 of the fields and raw values of its first ``count`` attributes; '' where it has fewer."""
+        named = self.attributes_table().select(["field", "raw"])
+        return _digest(named.slice(0, count)) if count <= self.n_attributes else ""
+
     def segment_pool(self, holdout: int, limit: int = 1 << 22) -> np.ndarray:
         """Up to ``limit`` items of rows laid end to end, each row without its last ``holdout`` items; int32.
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from s3rec_dist.config import Config
 from s3rec_dist.data.dataset import Dataset
@@ -130,10 +132,11 @@ def run_export(args: argparse.Namespace) -> None:
     _refuse_options_of_other_formats(args)
     storage = storage_of(args)
     dataset = Dataset.open(args.dataset, storage)
+    tell = partial(print, file=sys.stderr)
     if args.format == FOLDER:
-        export(args.model, dataset, args.output, overwrite=args.overwrite)
+        export(args.model, dataset, args.output, overwrite=args.overwrite, tell=tell)
     else:
-        EXPORT_FORMATS[args.format].write(load_model(args.model, dataset).eval(), dataset, args)
+        EXPORT_FORMATS[args.format].write(load_model(args.model, dataset, tell=tell).eval(), dataset, args)
     _report(args.output, storage)
 
 

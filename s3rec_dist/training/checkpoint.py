@@ -586,7 +586,7 @@ _ROWS_READ = 1 << 16
 
 
 def _check_rows(table: ShardedTable, rows: int, source: str) -> None:
-    if table.spec.rows != rows:
+    if table.spec.rows < rows:
         raise CheckpointError(
             f"{source}: has {rows - 1:,} items, this dataset {table.spec.rows - 1:,}; take the one it was trained on"
         )
@@ -620,15 +620,58 @@ def catalogue_of(dataset: Dataset) -> str:
     return dataset.manifest.catalogue
 
 
-def check_catalogue(metadata: Mapping[str, Any], dataset: Dataset) -> None:
-    """Raises :class:`CheckpointError` where the item ids of a model, described by the ``metadata`` of
-    :func:`load_weights`, mean other items than those of ``dataset``."""
-    own = catalogue_of(dataset)
-    if metadata.get("catalogue", own) != own:
+@dataclass(frozen=True)
+class Growth:
+    """What a dataset has more than the one that a model was trained on."""
+
+    items: int = 0
+    attributes: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.items or self.attributes)
+
+
+def growth_since(metadata: Mapping[str, Any], dataset: Dataset) -> Growth:
+    """What ``dataset`` has more than a model knows that the ``metadata`` of :func:`load_weights` describes. Raises
+    :class:`CheckpointError` where it does not begin with the items, and if it has grown the attributes, of that."""
+    if "catalogue" not in metadata:
+        return Growth()
+    items, attributes = metadata["n_items"], metadata["n_attributes"]
+    if dataset.items_digest(items) != metadata["catalogue"]:
         raise CheckpointError(
             f"{metadata['path']}: was trained on a dataset with other items than {dataset.path}, so that its item "
-            "ids mean other items; take the dataset it was trained on, or a model trained on this one"
+            "ids mean other items; take the dataset it was trained on, a later revision of that, or a model trained "
+            "on this one"
         )
+    growth = Growth(dataset.n_items - items, dataset.n_attributes - attributes)
+    if growth and dataset.attributes_digest(attributes) != metadata.get("attribute_catalogue"):
+        raise CheckpointError(
+            f"{metadata['path']}: was trained on a dataset with other attributes than {dataset.path}, so that its "
+            "attribute ids mean other ones; take the dataset it was trained on, a later revision of that, or a model "
+            "trained on this one"
+        )
+    return growth
+
+
+def fit_to_dataset(
+    model: torch.nn.Module, weights: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], dataset: Dataset
+) -> Growth:
+    """Loads what :func:`load_weights` gave into ``model``, which was made for ``dataset``: where that has grown since,
+    new items and attributes keep the rows that the model began with. Raises :class:`CheckpointError`."""
+    growth = growth_since(metadata, dataset)
+    if growth:
+        weights = {name: _with_new_rows(name, old, model) for name, old in weights.items()}
+    fit_weights(model, weights, metadata["path"])
+    return growth
+
+
+def _with_new_rows(name: str, old: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
+    """A table's ``old`` rows, and what ``model`` has more; the last of the items' is the mask token's."""
+    if name not in ("item_embedding.weight", "attribute_embedding.weight"):
+        return old
+    new = model.state_dict()[name]
+    moved = 1 if name == "item_embedding.weight" else 0
+    return torch.cat((old[: len(old) - moved], new[len(old) - moved : len(new) - moved], old[len(old) - moved :]))
 
 
 _SHAPE_HINTS = {

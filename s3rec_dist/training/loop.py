@@ -49,7 +49,7 @@ from s3rec_dist.model.s3rec import Losses, S3Rec
 from s3rec_dist.storage import Storage, StorageError
 from s3rec_dist.tables import ShardedTable, TableSpec
 from s3rec_dist.training import checkpoint
-from s3rec_dist.training.checkpoint import Checkpoint, CheckpointError
+from s3rec_dist.training.checkpoint import Checkpoint, CheckpointError, Growth
 from s3rec_dist.training.engine import (
     Engine,
     World,
@@ -382,7 +382,7 @@ def _train(
             if task.is_cold is not None and config.model.item_table == "dense":
                 task.keep_trained(checkpoint.load_weights(str(found.folder))[0])
         elif name == "finetune":
-            pretrained = _load_pretrained(config, model, task.dataset, task.tables)
+            pretrained, growth = _load_pretrained(config, model, task.dataset, task.tables)
             task.keep_trained(model.state_dict())
     if not resume:
         on_rank_zero(folder.move_aside)
@@ -400,7 +400,8 @@ def _train(
             if found is not None:
                 training.resume(found)
             elif name == "finetune":
-                tracker.event("pretrained", weights=pretrained)
+                more = {"new_items": growth.items, "new_attributes": growth.attributes} if growth else {}
+                tracker.event("pretrained", weights=pretrained, **more)
             training.run()
             status = "finished"
         except Preempted:
@@ -757,6 +758,7 @@ class _Training:
             "catalogue": checkpoint.catalogue_of(dataset),
             "n_items": dataset.n_items,
             "n_attributes": dataset.n_attributes,
+            "attribute_catalogue": dataset.attributes_digest(dataset.n_attributes),
             **checkpoint.run_layout(self.engine),
             **checkpoint.tables_layout(self.engine),
             "version": s3rec_dist.__version__,
@@ -812,11 +814,14 @@ class _Training:
         self.engine.close()
 
 
-def _load_pretrained(config: Config, model: S3Rec, dataset: Dataset, tables: Mapping[str, ShardedTable]) -> str:
-    """Puts the weights that finetune.pretrained names into the model and its tables; returns where they came from."""
+def _load_pretrained(
+    config: Config, model: S3Rec, dataset: Dataset, tables: Mapping[str, ShardedTable]
+) -> tuple[str, Growth]:
+    """Puts the weights that finetune.pretrained names into the model and its tables; returns where they came from, and
+    what the dataset has more than they know."""
     wanted = config.finetune.pretrained
     if wanted == "none":
-        return "none, trained from scratch"
+        return "none, trained from scratch", Growth()
     path = os.path.join(config.output, "pretrain") if wanted == "auto" else wanted
     try:
         weights, metadata = checkpoint.load_weights(path, dataset.storage, lambda _: tables)
@@ -825,9 +830,8 @@ def _load_pretrained(config: Config, model: S3Rec, dataset: Dataset, tables: Map
             f"finetune.pretrained={wanted}: {error}. Pretrain first, name a checkpoint, or set "
             "finetune.pretrained=none to train from scratch"
         ) from error
-    checkpoint.fit_weights(model, weights, metadata["path"])
-    checkpoint.check_catalogue(metadata, dataset)
-    return str(metadata["path"])
+    growth = checkpoint.fit_to_dataset(model, weights, metadata, dataset)
+    return str(metadata["path"]), growth
 
 
 def _check_same_run(config: Config, name: StageName, fingerprint: str, found: Checkpoint) -> None:
