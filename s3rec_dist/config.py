@@ -144,13 +144,15 @@ class ModelConfig:
     item_table: Literal["dense", "sharded"] = "dense"
     """``dense``: every rank holds all items, which is faster up to some 100,000 of them; ``sharded``: each holds its
     part, and a step costs what the rows cost that it touches."""
+    attribute_table: Literal["dense", "sharded"] = "dense"
+    """The same of attributes, for millions of them; ``sharded`` needs ``pretrain.attribute_negatives``."""
     item_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of a sharded table's rows; bf16 is rounded at random, so that small steps count."""
     item_device: Literal["auto", "cpu"] = "auto"
     """Where a sharded table lies: ``auto`` is where training is, ``cpu`` the host's memory."""
     item_capacity: int = 0
-    """Rows of a sharded table, over all ranks; beyond it those that were used least recently are forgotten. 0 has room
-    for all items."""
+    """Rows of a sharded item table, over all ranks; beyond it those that were used least recently are forgotten. 0 has
+    room for all items."""
     item_features: Literal["none", "add"] = "none"
     """``add``: an item's vector is its own row plus a learned map of the mean of its attributes' vectors, so that items
     never trained on are ranked by their attributes."""
@@ -189,10 +191,10 @@ class StageConfig:
     learning_rate: float = 1e-3
     """Adam's peak learning rate."""
     item_optimizer: Literal["lazy_adam", "adagrad", "rowwise_adagrad", "sgd"] = "lazy_adam"
-    """Of a sharded item table: it changes only rows that a step has touched. ``lazy_adam`` keeps two numbers beside
+    """Of sharded tables: it changes only rows that a step has touched. ``lazy_adam`` keeps two numbers beside
     each of a row's, ``adagrad`` one, ``rowwise_adagrad`` one a row."""
     item_learning_rate: float = 0.0
-    """Peak learning rate of a sharded item table, under the same schedule; 0 takes ``learning_rate``."""
+    """Peak learning rate of sharded tables, under the same schedule; 0 takes ``learning_rate``."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Adam's moment decay rates."""
     adam_eps: float = 1e-8
@@ -434,6 +436,15 @@ class Config:
             raise ConfigError(
                 "finetune.loss=ce needs all items at each step, which model.item_table=sharded has in no one place; "
                 "use finetune.loss=sampled_ce"
+            )
+        if self.model.attribute_table == "sharded" and not self.pretrain.attribute_negatives:
+            raise ConfigError(
+                "model.attribute_table=sharded has all attributes in no one place, as pretrain.attribute_negatives=0 "
+                "needs them; set pretrain.attribute_negatives=1024"
+            )
+        if (self.model.attribute_table, self.model.item_table, self.model.item_features) == ("sharded", "dense", "add"):
+            raise ConfigError(
+                "model.item_features=add with model.attribute_table=sharded needs model.item_table=sharded too"
             )
         metric = self.finetune.metric
         name, _, cutoff = metric.partition("@")

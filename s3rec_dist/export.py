@@ -185,7 +185,7 @@ def _model(
         torch.manual_seed(config.seed)  # for items that are new
         model = S3Rec(
             # this machine's choice, not the training machine's
-            dataclasses.replace(config.model, attention="auto", item_table=item_table),
+            dataclasses.replace(config.model, attention="auto", item_table=item_table, attribute_table="dense"),
             catalogue.n_items if catalogue else metadata["n_items"],
             catalogue.n_attributes if catalogue else metadata["n_attributes"],
             catalogue.item_attributes() if catalogue else None,

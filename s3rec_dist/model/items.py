@@ -1,4 +1,5 @@
-"""The vectors of items, wherever their rows lie: in the model's own table, or in one that is cut over the ranks."""
+"""Vectors of items and attributes, wherever their rows lie: in the model's own tables, or in ones that are cut over the
+ranks."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ class RowTable(Protocol):
 
 
 @dataclass(frozen=True)
-class ItemVectors:
-    """The vectors of the items that a pass needs."""
+class Vectors:
+    """Those of the items, or attributes, that a pass needs."""
 
     weight: torch.Tensor
     """[U, E]."""
@@ -38,13 +39,11 @@ class ItemVectors:
         return F.embedding(self.rows(items), self.weight)
 
 
-def pooled_attributes(
-    ids: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor, table: torch.Tensor
-) -> torch.Tensor:
-    """The mean of the attribute vectors of each of ``ids`` [U], zeros where it has none: [U, E]. An item's attributes
-    are ``values[offsets[item]:offsets[item + 1]]``, rows of ``table`` [A, E]."""
+def listed(ids: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What lists of ``values`` hold for ``ids`` [U], ``values[offsets[i]:offsets[i + 1]]`` each, end to end: int64 [P],
+    and where each id's begin, int64 [U]."""
     begins, counts = offsets[ids], offsets[ids + 1] - offsets[ids]
     ends = counts.cumsum(0)
     places = torch.arange(int(ends[-1]) if len(ids) else 0, device=ids.device)
     places += torch.repeat_interleave(begins - (ends - counts), counts)
-    return F.embedding_bag(values[places], table, ends - counts, mode="mean")
+    return values[places].long(), ends - counts

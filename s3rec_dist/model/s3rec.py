@@ -25,7 +25,7 @@ from s3rec_dist.hashing import hash64, keep_mask
 from s3rec_dist.kernels.attribute_loss import attribute_loss, attribute_pairs
 from s3rec_dist.model.dropout import DropoutKeys, not_compiled
 from s3rec_dist.model.encoder import SITES_PER_BLOCK, Block, Queries, position_ids
-from s3rec_dist.model.items import MASK_ROW, ItemVectors, RowTable, pooled_attributes
+from s3rec_dist.model.items import MASK_ROW, RowTable, Vectors, listed
 from s3rec_dist.model.layers import embed
 from s3rec_dist.model.objectives import (
     binary_loss,
@@ -63,7 +63,8 @@ class S3Rec(nn.Module):
     unused, and a negative in every attribute loss. ``attributes`` lists each item's attributes; without it
     the attribute losses have no positives.
 
-    With ``item_table="sharded"`` the model has no ``item_embedding``: ``item_rows``, which is to be set, has the rows.
+    With ``item_table="sharded"`` the model has no ``item_embedding``: ``item_rows``, which is to be set, has the rows;
+    likewise ``attribute_table`` and ``attribute_rows``.
     """
 
     attribute_offsets: torch.Tensor
@@ -90,7 +91,9 @@ class S3Rec(nn.Module):
         self.item_rows: RowTable | None = None
         if config.item_table == "dense":
             self.item_embedding = nn.Embedding(n_items + 2, e)
-        self.attribute_embedding = nn.Embedding(n_attributes + 1, e)
+        self.attribute_rows: RowTable | None = None
+        if config.attribute_table == "dense":
+            self.attribute_embedding = nn.Embedding(n_attributes + 1, e)
         self.position_embedding = nn.Embedding(config.max_length, e)
         self.embedding_norm = nn.LayerNorm(e, eps=config.layer_norm_eps)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -119,32 +122,27 @@ class S3Rec(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def item_vectors(self, *wanted: torch.Tensor, dropout_seed: int | None = None) -> ItemVectors:
+    def item_vectors(self, *wanted: torch.Tensor, dropout_seed: int | None = None) -> Vectors:
         """The vectors of the items in ``wanted``, or of all of them where none is named or they lie in one table as
         they are. ``dropout_seed`` turns the dropout of items' own rows on."""
         if self.config.item_table == "dense" and self.config.item_features == "none":
-            return ItemVectors(self.item_embedding.weight)
+            return Vectors(self.item_embedding.weight)
         if not wanted:
             return self._whole(dropout_seed)
         return self._gathered(torch.cat([items.flatten().long() for items in wanted]).unique(), dropout_seed)
 
     @not_compiled
-    def _whole(self, dropout_seed: int | None) -> ItemVectors:
+    def _whole(self, dropout_seed: int | None) -> Vectors:
         ids = torch.arange(self.n_items + 2, device=self.attribute_offsets.device)
-        return ItemVectors(self.with_features(ids, self.item_embedding.weight, dropout_seed))
+        return Vectors(self.with_features(ids, self.item_embedding.weight, dropout_seed))
 
     @not_compiled
-    def _gathered(self, ids: torch.Tensor, dropout_seed: int | None) -> ItemVectors:
+    def _gathered(self, ids: torch.Tensor, dropout_seed: int | None) -> Vectors:
         if self.config.item_table == "dense":
             rows = F.embedding(ids, self.item_embedding.weight)
         else:
-            if self.item_rows is None:
-                raise ValueError(
-                    "a model with item_table='sharded' needs item_rows, the table that has its items' rows"
-                )
-            rows = self.item_rows.fetch(ids.masked_fill(ids == self.mask_id, MASK_ROW))
-            rows = rows.to(self.position_embedding.weight.dtype)
-        return ItemVectors(self.with_features(ids, rows, dropout_seed), ids)
+            rows = self._fetched("item", self.item_rows, ids.masked_fill(ids == self.mask_id, MASK_ROW))
+        return Vectors(self.with_features(ids, rows, dropout_seed), ids)
 
     def with_features(self, ids: torch.Tensor, rows: torch.Tensor, dropout_seed: int | None = None) -> torch.Tensor:
         """The vectors [U, E] of the items ``ids`` [U] whose own rows are ``rows`` [U, E]."""
@@ -154,8 +152,22 @@ class S3Rec(nn.Module):
             rows = rows * ~self.is_cold[ids, None]
         if dropout_seed is not None and self.config.item_id_dropout and len(ids):
             rows = rows * keep_mask(hash64(ids, dropout_seed), 1, ID_SITE, self.config.item_id_dropout, rows.dtype)
-        table = self.attribute_embedding.weight
-        return rows + self.feature_head(pooled_attributes(ids, self.attribute_offsets, self.attribute_values, table))
+        attributes, begins = listed(ids, self.attribute_offsets, self.attribute_values)
+        vectors = self._attribute_vectors(attributes)
+        pooled = F.embedding_bag(vectors.rows(attributes), vectors.weight, begins, mode="mean")  # zeros for none
+        return rows + self.feature_head(pooled)
+
+    def _attribute_vectors(self, wanted: torch.Tensor) -> Vectors:
+        """The vectors of the attributes in ``wanted``, or of all of them where they lie in one table."""
+        if self.config.attribute_table == "dense":
+            return Vectors(self.attribute_embedding.weight)
+        ids = wanted.unique()
+        return Vectors(self._fetched("attribute", self.attribute_rows, ids), ids)
+
+    def _fetched(self, kind: str, table: RowTable | None, ids: torch.Tensor) -> torch.Tensor:
+        if table is None:
+            raise ValueError(f"a model with {kind}_table='sharded' needs {kind}_rows, the table that has the rows")
+        return table.fetch(ids).to(self.position_embedding.weight.dtype)
 
     @property
     def catalogue_vectors(self) -> torch.Tensor:
@@ -186,7 +198,7 @@ class S3Rec(nn.Module):
         causal: bool,
         keys: DropoutKeys | None = None,
         queries: Queries | None = None,
-        vectors: ItemVectors | None = None,
+        vectors: Vectors | None = None,
     ) -> torch.Tensor:
         """Hidden states of packed ``items`` [T], at ``positions`` [T] of the position table: [T, E].
 
@@ -302,11 +314,13 @@ class S3Rec(nn.Module):
     def _attribute_loss(
         self, hidden: torch.Tensor, attributes: AttributeLists, negatives: torch.Tensor | None
     ) -> torch.Tensor:
-        table = self.attribute_embedding.weight
         if negatives is None:
-            return attribute_loss(hidden, table, *attributes, backend=self.config.attention)
+            return attribute_loss(hidden, self.attribute_embedding.weight, *attributes, backend=self.config.attention)
+        rows, positives = attribute_pairs(*attributes)
+        vectors = self._attribute_vectors(torch.cat((positives, negatives)))
+        pairs = rows, vectors.rows(positives)
         weight = (self.n_attributes + 1) / len(negatives)
-        return sampled_attribute_loss(hidden, table, *attribute_pairs(*attributes), negatives, weight)
+        return sampled_attribute_loss(hidden, vectors.weight, *pairs, vectors.rows(negatives), weight)
 
     def finetune_losses(
         self, batch: FinetuneBatch, dropout_seed: int | None = None, shared: SharedNegatives | None = None
@@ -346,7 +360,7 @@ class S3Rec(nn.Module):
         return Losses(loss, {config.loss: loss.detach()}, {config.loss: len(targets)})
 
     def _next_item_loss(
-        self, hidden: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor | None, vectors: ItemVectors
+        self, hidden: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor | None, vectors: Vectors
     ) -> torch.Tensor:
         """Sum over hidden states [M, E] with their next items and a negative each [M]; ``vectors`` has theirs, or of a
         softmax those of all items."""

@@ -57,7 +57,8 @@ class ItemShard:
         self._first = table.rank or table.world_size  # the first own id that is an item: 0 is none
 
     def __len__(self) -> int:
-        return len(range(self._first, self._table.spec.rows, self._table.world_size))
+        """Items of the rank that has most, so that all take as many parts, of which the last may be empty."""
+        return -(-(self._table.spec.rows - 1) // self._table.world_size)
 
     def part(self, begin: int, end: int) -> torch.Tensor:
         ids = self.ids(begin, end)
@@ -68,8 +69,9 @@ class ItemShard:
         return own.masked_fill(~self._table.owns(items), -1)
 
     def ids(self, begin: int, end: int) -> torch.Tensor:
-        places = torch.arange(begin, min(end, len(self)), device=self._table.compute_device)
-        return places * self._table.world_size + self._first
+        ids = torch.arange(begin, min(end, len(self)), device=self._table.compute_device)
+        ids = ids * self._table.world_size + self._first
+        return ids[ids < self._table.spec.rows]
 
     def of(self, items: torch.Tensor) -> torch.Tensor:
         ids, place = items.unique(return_inverse=True)

@@ -507,9 +507,9 @@ def load_weights(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Whole fp32 weights and their metadata (state.json or config.json, and ``path``), verified, without DeepSpeed.
 
-    Where ``tables``, given the metadata, has ``"items"``, their rows go into this rank's part of that, else with the
-    other weights, and no rank needs memory for all of them. ``path`` is the folder or URL of a run (its best
-    checkpoint, or the newest where none is marked), a checkpoint, or an exported model. Raises
+    Where ``tables``, given the metadata, has ``"items"`` or ``"attributes"``, their rows go into this rank's part of
+    that, else with the other weights, and no rank needs memory for all of them. ``path`` is the folder or URL of a run
+    (its best checkpoint, or the newest where none is marked), a checkpoint, or an exported model. Raises
     :class:`CheckpointError`.
     """
     storage = storage or Storage()
@@ -562,8 +562,9 @@ def _tensors(
     try:
         with _checked(folder, WEIGHTS, files, storage) as path, safe_open(path, framework="pt") as stored:
             for name in stored.keys():  # noqa: SIM118
-                if name == _ITEMS and "items" in tables:
-                    _put_whole(tables["items"], stored.get_slice(name), folder)
+                kind = _KINDS.get(name, "")
+                if kind in tables:
+                    _put_whole(kind, tables[kind], stored.get_slice(name), folder)
                 else:
                     weights[name] = stored.get_tensor(name)
         for name, described in metadata.get("tables", {}).items():
@@ -572,46 +573,49 @@ def _tensors(
                 shards = sorted(file for file in files if file.startswith(f"{TABLES}/{name}-"))
                 paths = [stack.enter_context(_checked(folder, file, files, storage)) for file in shards]
                 if name in tables:
-                    _check_rows(tables[name], spec.rows, folder)
+                    _check_rows(name, tables[name], spec.rows, folder)
                     _read_rows(tables[name], paths)
                 else:
-                    weights[_ITEMS] = _whole_rows(spec, paths)
+                    weights[_TENSORS[name]] = _whole_rows(name, spec, paths)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}/{WEIGHTS}: cannot be read ({error})") from error
     return weights
 
 
-_ITEMS = "item_embedding.weight"
+_TENSORS = {"items": "item_embedding.weight", "attributes": "attribute_embedding.weight"}
+"""A model's own tensor for each table."""
+_KINDS = {tensor: kind for kind, tensor in _TENSORS.items()}
 _ROWS_READ = 1 << 16
 
 
-def _check_rows(table: ShardedTable, rows: int, source: str) -> None:
+def _check_rows(kind: str, table: ShardedTable, rows: int, source: str) -> None:
     if table.spec.rows < rows:
         raise CheckpointError(
-            f"{source}: has {rows - 1:,} items, this dataset {table.spec.rows - 1:,}; take the one it was trained on"
+            f"{source}: has {rows - 1:,} {kind}, this dataset {table.spec.rows - 1:,}; take the one it was trained on"
         )
 
 
-def _put_whole(table: ShardedTable, stored: Any, source: str) -> None:
-    """Rows of a model's own table [N + 2, E], its mask token's in their place."""
-    rows = stored.get_shape()[0] - 1
-    _check_rows(table, rows, source)
-    for begin in range(1, rows + 1, _ROWS_READ):
-        values = stored[begin : min(begin + _ROWS_READ, rows + 1)]
+def _put_whole(kind: str, table: ShardedTable, stored: Any, source: str) -> None:
+    """Rows of a model's own tensor: of items [N + 2, E] the mask token's, which is the last, in their place."""
+    size = stored.get_shape()[0]
+    _check_rows(kind, table, size - (kind == "items"), source)
+    for begin in range(kind == "items", size, _ROWS_READ):
+        values = stored[begin : min(begin + _ROWS_READ, size)]
         ids = torch.arange(begin, begin + len(values))
-        table.put(ids.masked_fill(ids == rows, MASK_ROW), {"rows": values})
+        own = ids.masked_fill(ids == size - 1, MASK_ROW) if kind == "items" else ids
+        table.put(own, {"rows": values})
 
 
-def _whole_rows(spec: TableSpec, files: Iterable[str]) -> torch.Tensor:
-    """A model's own table [N + 2, E] of a sharded one's rows."""
-    whole = torch.zeros(spec.rows + 1, spec.features)
+def _whole_rows(kind: str, spec: TableSpec, files: Iterable[str]) -> torch.Tensor:
+    """A model's own tensor of a table's rows."""
+    whole = torch.zeros(spec.rows + (kind == "items"), spec.features)
     for ids, rows in ShardedTable(dataclasses.replace(spec, optimizer="sgd", capacity=1)).whole():
         whole[ids] = rows
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             whole[tensors.get_tensor("ids")] = tensors.get_tensor("rows").float()
-    whole[spec.rows] = whole[MASK_ROW]
-    whole[0] = 0
+    if kind == "items":
+        whole[spec.rows], whole[0] = whole[MASK_ROW].clone(), 0
     return whole
 
 

@@ -162,14 +162,18 @@ class Task:
         sizes = dataset.n_items, dataset.n_attributes
         model = S3Rec(config.model, *sizes, attributes, config.pretrain, config.finetune)
         model.is_cold, model.item_rows = self.is_cold, self.tables.get("items")
+        model.attribute_rows = self.tables.get("attributes")
         return model
 
     @cached_property
     def tables(self) -> dict[str, ShardedTable]:
         """This rank's parts of the tables that lie outside of the model."""
-        if self.config.model.item_table == "dense":
-            return {}
-        return {"items": item_table(self.config, self.stage, self.dataset.n_items, self.device)}
+        tables, model = {}, self.config.model
+        if model.item_table == "sharded":
+            tables["items"] = item_table(self.config, self.stage, self.dataset.n_items, self.device)
+        if model.attribute_table == "sharded":
+            tables["attributes"] = attribute_table(self.config, self.stage, self.dataset.n_attributes, self.device)
+        return tables
 
     def stream(self, world: World) -> Stream:
         """This rank's part of the stage's batches."""
@@ -301,16 +305,20 @@ class Task:
 
 def item_table(config: Config, stage: StageConfig, n_items: int, device: torch.device) -> ShardedTable:
     """This rank's part of a sharded item table, whose rows are new."""
+    std = 0.0 if config.model.item_features == "add" else config.model.initializer_range
+    own = {"rows": n_items + 1, "seed": config.seed, "initial_std": std, "capacity": config.model.item_capacity}
+    return _table(config, stage, device, **own)
+
+
+def attribute_table(config: Config, stage: StageConfig, n_attributes: int, device: torch.device) -> ShardedTable:
+    """This rank's part of a sharded attribute table, whose rows are new."""
+    own = {"rows": n_attributes + 1, "seed": key_of(config.seed, 1), "initial_std": config.model.initializer_range}
+    return _table(config, stage, device, **own)
+
+
+def _table(config: Config, stage: StageConfig, device: torch.device, **own: Any) -> ShardedTable:
     model = config.model
-    spec = TableSpec(
-        rows=n_items + 1,
-        features=model.hidden_size,
-        optimizer=stage.item_optimizer,
-        seed=config.seed,
-        initial_std=0.0 if model.item_features == "add" else model.initializer_range,
-        dtype=model.item_dtype,
-        capacity=model.item_capacity,
-    )
+    spec = TableSpec(features=model.hidden_size, optimizer=stage.item_optimizer, dtype=model.item_dtype, **own)
     place = device if model.item_device == "auto" else "cpu"
     return ShardedTable.among_ranks(spec, device=place, compute_device=device)
 

@@ -167,6 +167,40 @@ def test_a_run_does_not_go_on_as_another_kind_of_table(dataset: Path, tmp_path: 
         run("pretrain", make_config(dataset, tmp_path, pretrain__epochs=2))
 
 
+MILLIONS = {"model__attribute_table": "sharded", "pretrain__attribute_negatives": 6}
+FEATURES = {**MILLIONS, "model__item_features": "add"}
+
+
+@pytest.mark.parametrize("changes", [MILLIONS, FEATURES], ids=["attributes", "features"])
+def test_attributes_may_be_cut_over_the_ranks_too(
+    changes: dict[str, Any], launch: Launch, dataset: Path, tmp_path: Path
+) -> None:
+    both = {**changes, "pretrain__epochs": 1, "finetune__epochs": 1}
+    for ranks in (1, 2):
+        output = tmp_path / str(ranks)
+        found = jobs(launch, ranks, output, both_stages(dataset, output, **both))
+        assert all(not any(raised) for raised in found.values()), found
+    one, two = (tmp_path / name for name in ("1", "2"))
+    for stage, name in [("pretrain", "train/loss"), ("finetune", "train/loss"), ("finetune", "validation/MRR")]:
+        assert curve(two / stage, name) == pytest.approx(curve(one / stage, name), rel=1e-5)
+    opened = Dataset.open(str(dataset))
+    model = load_model(str(two / "finetune"), opened).eval()
+    metrics = evaluate(model, opened, EvaluationConfig(cutoffs=(5, 10)), "validation", "cpu").metrics
+    assert metrics["MRR"] == pytest.approx(curve(one / "finetune", "validation/MRR")[10], rel=1e-5)
+
+
+def test_attributes_have_the_same_losses_in_one_table_and_in_parts(dataset: Path, tmp_path: Path) -> None:
+    dense = {"pretrain__epochs": 1, "pretrain__attribute_negatives": 6}
+    first = run("pretrain", make_config(dataset, tmp_path / "first", **dense))
+    start = {"finetune__pretrained": str(first), "finetune__epochs": 1, "model__item_features": "none"}
+    one = run("finetune", make_config(dataset, tmp_path / "one", **start))
+    both = {**start, **MILLIONS, "model__item_table": "sharded"}
+    parts = run("finetune", make_config(dataset, tmp_path / "parts", **both))
+    assert curve(parts)[1] == pytest.approx(curve(one)[1], rel=1e-6)
+    expected, found = (checkpoint.load_weights(str(folder))[0]["attribute_embedding.weight"] for folder in (one, parts))
+    assert torch.equal(found, expected)  # which fine-tuning does not change
+
+
 @pytest.fixture(scope="module")
 def pretrained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense run, whose model others start from."""
