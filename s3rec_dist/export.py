@@ -255,7 +255,6 @@ def write_model(
             "dataset": counts,
             "dataset_fingerprint": dataset.fingerprint,
             "catalogue": catalogue_of(dataset),
-            "attribute_catalogue": dataset.attributes_digest(dataset.n_attributes),
         }
     weights = {name: tensor.float().contiguous() for name, tensor in model.state_dict().items()}
     storage = storage or (dataset.storage if dataset else Storage())
@@ -268,6 +267,7 @@ def write_model(
             if dataset is not None:
                 for name in CATALOGUE:
                     files[name] = _copy(dataset, name, folder)
+                metadata["attribute_catalogue"] = dataset.attributes_digest(dataset.n_attributes)
             metadata["files"] = files
             (folder / CONFIG).write_text(json.dumps(metadata, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             (folder / CARD).write_text(model_card(metadata, os.path.basename(place)), "utf-8")
