@@ -154,6 +154,17 @@ class Task:
         if self.is_cold is not None and "item_embedding.weight" in weights:
             self.is_cold &= ~weights["item_embedding.weight"].any(1).to(self.device)
 
+    def keep_trained_rows(self) -> None:
+        """As :meth:`keep_trained`, of the rows that a sharded table has. A collective."""
+        if self.is_cold is None or "items" not in self.tables:
+            return
+        held = self.tables["items"].tensors()
+        self.is_cold[held["ids"][held["rows"].any(1)].to(self.device)] = False
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            agreed = self.is_cold.int()
+            dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+            self.is_cold.copy_(agreed)
+
     def model(self) -> S3Rec:
         """A model with this run's initial weights."""
         config, dataset = self.config, self.dataset
@@ -410,6 +421,7 @@ def _train(
             elif name == "finetune":
                 more = {"new_items": growth.items, "new_attributes": growth.attributes} if growth else {}
                 tracker.event("pretrained", weights=pretrained, **more)
+            task.keep_trained_rows()
             training.run()
             status = "finished"
         except Preempted:

@@ -64,9 +64,9 @@ def pretrained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_cold_rows_are_zero(folder: Path) -> None:
-    own = weights(folder)["item_embedding.weight"]
+    own = load_weights(str(folder))[0]["item_embedding.weight"]
     assert len(own) == max(COLD) + 2
-    assert [item for item, row in enumerate(own.tolist()) if not any(row)] == list(COLD)
+    assert [item for item, row in enumerate(own.tolist()) if item and not any(row)] == list(COLD)
 
 
 def test_own_rows_of_items_without_training_events_stay_zero_in_pretraining(pretrained: Path) -> None:
@@ -81,8 +81,9 @@ def test_own_rows_of_items_without_training_events_stay_zero_in_finetuning(
     assert_cold_rows_are_zero(run("finetune", config(data, tmp_path, **changes)))
 
 
+@pytest.mark.parametrize(("table", "loss"), [("dense", "ce"), ("sharded", "sampled_ce")])
 def test_an_item_that_pretraining_had_is_not_cold_where_finetuning_lacks_it(
-    data: Path, pretrained: Path, tmp_path: Path
+    data: Path, pretrained: Path, tmp_path: Path, table: str, loss: str
 ) -> None:
     draw = random.Random(1)
     histories = [[draw.randint(1, WARM - 10) for _ in range(8)] for _ in range(40)]
@@ -90,18 +91,21 @@ def test_an_item_that_pretraining_had_is_not_cold_where_finetuning_lacks_it(
         histories[item % 40][-1] = item
     attributes = {str(item): [1 + item % 7] for item in range(1, max(COLD) + 1)}
     other = prepared(tmp_path / "other", histories, attributes)
-    folder = run("finetune", config(other, tmp_path, finetune__loss="ce", finetune__pretrained=str(pretrained)))
+    changes = {"finetune__loss": loss, "finetune__pretrained": str(pretrained), "model__item_table": table}
+    folder = run("finetune", config(other, tmp_path, **changes))
     assert_cold_rows_are_zero(folder)
-    before, after = (weights(at)["item_embedding.weight"] for at in (pretrained, folder))
+    before, after = (load_weights(str(at))[0]["item_embedding.weight"] for at in (pretrained, folder))
     assert (before[1 : WARM + 1] != after[1 : WARM + 1]).any(1).all()
 
 
-def test_a_run_goes_on_bit_by_bit(data: Path, tmp_path: Path) -> None:
-    expected = run("finetune", config(data, tmp_path / "whole", finetune__loss="ce"))
-    run("finetune", config(data, tmp_path / "parts", finetune__loss="ce", finetune__epochs=1))
-    found = run("finetune", config(data, tmp_path / "parts", finetune__loss="ce"))
-    for name, tensor in weights(expected).items():
-        assert torch.equal(weights(found)[name], tensor), name
+@pytest.mark.parametrize(("table", "loss"), [("dense", "ce"), ("sharded", "sampled_ce")])
+def test_a_run_goes_on_bit_by_bit(data: Path, tmp_path: Path, table: str, loss: str) -> None:
+    changes = {"finetune__loss": loss, "model__item_table": table}
+    expected = load_weights(str(run("finetune", config(data, tmp_path / "whole", **changes))))[0]
+    run("finetune", config(data, tmp_path / "parts", finetune__epochs=1, **changes))
+    found = load_weights(str(run("finetune", config(data, tmp_path / "parts", **changes))))[0]
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("loss", ["bce", "ce"])
@@ -259,6 +263,24 @@ def test_finetuning_goes_on_from_a_model_of_the_dataset_before(shop: Shop, tmp_p
     assert torch.equal(attributes[:-1], old["attribute_embedding.weight"]) and attributes[-1].any()
     for name in old.keys() - {"item_embedding.weight", "attribute_embedding.weight"}:
         assert torch.equal(new[name], old[name]), name
+
+
+@pytest.mark.parametrize("features", ["none", "add"])
+def test_a_sharded_table_goes_on_with_the_dataset_that_has_grown(shop: Shop, tmp_path: Path, features: str) -> None:
+    sharded: dict[str, Any] = {"model__item_table": "sharded", "finetune__loss": "sampled_ce", "finetune__epochs": 0}
+    old = load_weights(str(shop.folder / features / "finetune"))[0]["item_embedding.weight"]
+    before = str(shop.folder / features / "finetune")
+    for output, revision in ((tmp_path / "before", 1), (tmp_path / "after", 0)):
+        changes = {"finetune__pretrained": before, "data__revision": revision}
+        before = str(run("finetune", shop_config(shop, output, features, **sharded, **changes)))
+    new = load_weights(before)[0]["item_embedding.weight"]
+    assert torch.equal(new[1:81], old[1:81]) and torch.equal(new[101], old[81])
+    assert bool(new[81:101].any()) == (features == "none")
+    plain = load_model(str(tmp_path / "before" / "finetune"), Dataset.open(shop.data))
+    torch.testing.assert_close(
+        plain.item_embedding.weight[1:81],
+        load_model(before, Dataset.open(shop.data)).item_embedding.weight[1:81],
+    )
 
 
 def test_what_came_new_is_trained_where_it_has_events(shop: Shop, tmp_path: Path) -> None:
