@@ -7,7 +7,8 @@ forked off one that has imported everything, which spares most of a start. What 
 lists what did not:
 
 - a run always goes on from a whole checkpoint, never from an older one than there was before;
-- its losses at every step and its last weights are those of a run that was never disturbed, to the last bit;
+- its losses at every step, its last weights and the rows of its tables are those of a run that was never disturbed, to
+  the last bit;
 - SIGTERM to one process or both leaves a whole checkpoint of the last step within 25 s, with status 75;
 - no process, listening port or /dev/shm entry stays behind;
 - damage is never loaded, both processes agree within 60 s on the newest whole checkpoint, and saving keeps that one.
@@ -28,7 +29,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -322,9 +323,9 @@ class _Disturbed:
         differ = [step for step in found.keys() | expected if found.get(step) != expected.get(step)]
         if differ or not found:
             self.violations.append(f"losses of {len(differ)} of {len(expected)} steps differ; {self.tail()}")
-        weights = [load_file(each.folder / checkpoint.WEIGHTS) for each in (ended, self._newest) if each]
-        if len(weights) < 2 or any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[1]):
-            self.violations.append("the last weights differ")
+        last, expected_last = (_tensors_of(each.folder) if each else {} for each in (ended, self._newest))
+        if (different := _differing(last, expected_last)) or not last:
+            self.violations.append(f"the last weights differ: {', '.join(different) or 'there are none'}")
         self.figures["steps with equal losses"] = [len(found) - len(differ)]
 
     def drafts(self) -> list[str]:
@@ -357,6 +358,22 @@ class _Disturbed:
     def tail(self) -> str:
         """The end of what the processes have printed."""
         return self.log.read_text(errors="replace")[-3000:]
+
+
+def _tensors_of(tag: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's weights, and its tables' rows with their optimizer's state, by file and name."""
+    files = {str(path.relative_to(tag)): load_file(path) for path in tag.rglob("*.safetensors")}
+    return {f"{file} {name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()}
+
+
+def _differing(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of tensors that are not there twice, or differ in a bit."""
+    names = found.keys() | expected.keys()
+    return sorted(
+        name
+        for name in names
+        if name not in found or name not in expected or not torch.equal(found[name], expected[name])
+    )
 
 
 def _curve(folder: Path) -> dict[int, float]:
@@ -412,7 +429,8 @@ def _lose(folder: Path, tags: list[Path], draw: random.Random) -> set[str]:
 
 
 def _lose_rank(folder: Path, tags: list[Path], draw: random.Random) -> set[str]:
-    draw.choice(list((tags[0] / checkpoint.SHARDS).iterdir())).unlink()
+    parts = [tags[0] / part for part in (checkpoint.SHARDS, checkpoint.TABLES)]
+    draw.choice([path for part in parts if part.is_dir() for path in sorted(part.iterdir())]).unlink()
     return {tags[0].name}
 
 
@@ -529,10 +547,11 @@ def _try_damages(arguments: dict[str, Any]) -> None:
             violations.append(told(f"{tags} after {seconds[-1]:.1f} s, expected {whole[:1]}"))
         elif tag and found is not None:
             checkpoint.load(engine, found)
-            expected = load_file(original / tag / checkpoint.WEIGHTS)
-            loaded = engine.fp32_weights()
-            if world.rank == 0 and any(not torch.equal(loaded[name], expected[name]) for name in expected):
-                violations.append(told("other weights were loaded"))
+            loaded = {checkpoint.WEIGHTS: engine.fp32_weights()} if world.rank == 0 else {}
+            loaded |= {f"{checkpoint.TABLES}/{name}": rows for name, rows in engine.table_shards(copied=False).items()}
+            differ = gather([file for file, own in loaded.items() if _differing(own, load_file(original / tag / file))])
+            if any(differ):
+                violations.append(told(f"other weights were loaded, by rank: {differ}"))
             step = found.state["step"] + 1
             saved = Saver(engine, case).save({**found.state, "step": step}, keep=2)
             newest = checkpoint.newest(case)

@@ -18,14 +18,18 @@ from s3rec_dist.bench.faults import _free_port, _Job
 
 @pytest.mark.slow
 @pytest.mark.extended
-def test_a_run_survives_kills_sigterm_and_damage(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["model.hidden_size=16", "model.inner_size=32", "model.max_length=10", "pretrain.batch_size=64"]
+@pytest.mark.parametrize(("table", "corruptions"), [("dense", 120), ("sharded", 30)])
+def test_a_run_survives_kills_sigterm_and_damage(
+    table: str, corruptions: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"model.item_table={table}"]
+    settings += ["model.hidden_size=16", "model.inner_size=32", "model.max_length=10", "pretrain.batch_size=64"]
     settings += ["engine.device=cpu", "engine.threads=1", "engine.zero_stage=1", "pretrain.checkpoint_every_steps=5"]
-    faults = ["--kills", "3", "--kills-in-saves", "1", "--terms", "1", "--corruptions", "120"]
+    faults = ["--kills", "3", "--kills-in-saves", "1", "--terms", "1", "--corruptions", str(corruptions)]
     assert main(["bench", "faults", *faults, *settings]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["SIGKILLs"] >= 3 and result["SIGKILLs_during_a_save"] >= 1 and result["SIGTERMs"] == 1
-    assert result["corrupted_checkpoints"] == 120 and result["steps_with_equal_losses"] > 20
+    assert result["corrupted_checkpoints"] == corruptions and result["steps_with_equal_losses"] > 20
     assert result["s_from_SIGTERM_to_the_end"] < 25 and result["s_to_agree_on_a_whole_one"] < 60
 
 
