@@ -289,7 +289,8 @@ class FinetuneConfig(StageConfig):
     """What one user contributes to an epoch."""
     pretrained: str = "auto"
     """Weights to start from: ``auto`` is the newest checkpoint of ``<output>/pretrain``; a run's, a checkpoint's or an
-    exported model's folder (a path or fsspec URL); or ``none`` to train from scratch."""
+    exported model's folder (a path or fsspec URL), trained on this dataset or an earlier revision of it; or ``none`` to
+    train from scratch."""
     loss: Literal["bce", "bpr", "ce", "sampled_ce"] = "bce"
     """``bce`` and ``bpr`` against one sampled negative a position, ``ce`` (softmax) against all items, ``sampled_ce``
     against an estimate of that from ``negatives`` items."""

@@ -14,6 +14,11 @@ A rank is the count of candidates scored higher by more than rounding, so ties f
 several processes each ranks its own part of the rows. Memory is bounded by ``batch_users`` x ``item_chunk`` scores:
 the full protocol needs no more than how many scores are higher, less those of seen items. Where the items of a model
 are cut over the processes, all rank the same users, each among its own items.
+
+With ``--cold`` the users whose held-out item is cold stand apart too, ranked among all items as before. An item is cold
+for a model where the dataset was prepared without it when the model was trained, or where no sample of the stage that
+trained it last held it: held-out items do not count, nor what lies before the latest ``max_length`` ones. The dataset's
+revisions tell, of which one must be what the model was trained on.
 """
 
 from __future__ import annotations
