@@ -2,8 +2,8 @@
 
 Every rank draws its own sequences, of items that are uniform over the catalogue: the worst case, in which no two of a
 batch are the same. All rows are there from the beginning, with their optimizer's state. Rank 0 reports, for each
-repetition of a number of steps, the seconds of a step and the bytes that a rank sent for rows; and once the distinct
-rows of a rank's batch, and the memory of the table.
+repetition of a number of steps, the seconds of a step, those of a rank's CPU in it, and the bytes that a rank sent for
+rows; and once the distinct rows of a rank's batch, and the memory of the table.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def bench_catalogue(
             job = {"config": own, "items": count, "steps": steps, "repetitions": repetitions}
             found = measured_by("s3rec_dist.bench.catalogue", job, ranks)
             figures[f"{name}: step ms"] = [1e3 * seconds for seconds in found["seconds"]]
+            figures[f"{name}: CPU ms"] = [1e3 * seconds for seconds in found["cpu"]]
             if table == "sharded":
                 figures[f"{name}: rows of a batch"] = [found["rows"]]
                 figures[f"{name}: bytes sent a row"] = [sent / found["rows"] for sent in found["sent"]]
@@ -73,16 +74,17 @@ def _worker(job: str, result: str) -> None:
         for ids, rows in table.whole():
             table.put(ids, {"rows": rows})
     engine = Engine(model, S3Rec.finetune_losses, stage, config.engine, world, tables)
-    seconds, sent, at = [], [], 0
+    seconds, cpu, sent, at = [], [], [], 0
     for _ in range(spec["repetitions"] + 1):
         seeds = [(at + i) * world.size + world.rank for i in range(spec["steps"])]
         batches = [_batch(config, n_items, world.size, seed) for seed in seeds]
         gather(None)
-        before, begin = engine.table_bytes_sent, time.perf_counter()
+        before, begin, used = engine.table_bytes_sent, time.perf_counter(), time.process_time()
         for batch in batches:
             engine.step([batch], count=len(batch.items) * world.size, learning_rate=1e-3, dropout_seed=at)
             at += 1
-        gather(None)
+        used = (time.process_time() - used) / len(batches)
+        cpu.append(statistics.fmean(gather(used)))
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
         seconds.append((time.perf_counter() - begin) / len(batches))
@@ -92,7 +94,7 @@ def _worker(job: str, result: str) -> None:
     memory = max(gather(peak_memory_mb()))
     engine.close()
     if world.rank == 0:
-        found: dict[str, Any] = {"seconds": seconds[1:], "sent": sent[1:]}  # the first one warmed up
+        found: dict[str, Any] = {"seconds": seconds[1:], "cpu": cpu[1:], "sent": sent[1:]}  # the first one warmed up
         found |= {"rows": distinct, "table": held, "memory": memory}
         Path(result).write_text(json.dumps(found))
 
