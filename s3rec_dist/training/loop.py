@@ -80,6 +80,9 @@ from s3rec_dist.training.watchdog import Watchdog
 
 StageName = Literal["pretrain", "finetune"]
 
+MANY_ITEMS = 250_000
+"""From here on a dense item table is slower than a sharded one, on one process or several (s3rec bench catalogue)."""
+
 _STAGE_KEYS = {"pretrain": 1, "finetune": 2}
 _NEGATIVES_KEY = 0x5A3
 
@@ -554,6 +557,8 @@ class _Training:
         )
         if self.profile and (reason := self.profile.missed(self.step, self.total_steps)):
             self.tracker.event("not_profiled", reason=reason)
+        if self.config.model.item_table == "dense" and self.task.dataset.n_items >= MANY_ITEMS:
+            self.tracker.event("hint", items=self.task.dataset.n_items, faster="model.item_table=sharded")
         began = time.monotonic()
         self.tracker.begin(step=self.step, total_steps=self.total_steps)
         while True:
