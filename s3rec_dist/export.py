@@ -1,6 +1,7 @@
 """Model folders: what ``s3rec export`` and ``s3rec import`` write, to keep, share, load and recommend from.
 
-    MODEL/model.safetensors    every weight, fp32
+    MODEL/model.safetensors    every weight, fp32; or, of more than --max-shard-mb, shards of that size with an index
+                               (s3rec_dist/training/weights.py)
     MODEL/config.json          settings, sizes, stage, metrics, dataset and catalogue, size and SHA-256 of the files
     MODEL/items.parquet        the item catalogue and the attributes, as the dataset has them; absent where a
     MODEL/attributes.parquet   checkpoint was imported without a dataset
@@ -10,7 +11,7 @@
     model = S3Rec.from_pretrained("models/beauty").eval()
 
 Both may be URLs. A folder appears only when it is whole, by a rename; on other storage by config.json, which comes
-last. Other programs' files are ``s3rec_dist/interchange/``.
+last. Memory is bounded by a shard, whatever the catalogue. Other programs' files are ``s3rec_dist/interchange/``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 import s3rec_dist
 from s3rec_dist.config import Config, from_dict, to_dict
@@ -40,13 +40,27 @@ from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import DamagedFile, Storage
 from s3rec_dist.tables import ShardedTable, TableSpec
 from s3rec_dist.training.checkpoint import (
-    WEIGHTS,
     Growth,
     catalogue_of,
+    check_shapes,
     describe,
     fit_to_dataset,
     fit_weights,
+    growth_since,
     load_weights,
+    open_weights,
+)
+from s3rec_dist.training.weights import (
+    INDEX,
+    MAX_SHARD_BYTES,
+    SHARD_PATTERN,
+    TENSORS,
+    WEIGHTS,
+    InMemory,
+    StoredRows,
+    Weights,
+    is_weights_file,
+    write_weights,
 )
 
 FORMAT = "s3rec_dist model"
@@ -54,7 +68,9 @@ VERSION = 1
 CONFIG, CARD = "config.json", "README.md"
 CATALOGUE = ("items.parquet", "attributes.parquet")
 MODEL_FILES = (CONFIG, WEIGHTS, *CATALOGUE, CARD)
-"""What may be in a model folder."""
+"""What may be in a model folder whose weights are one file."""
+MODEL_PATTERNS = (*MODEL_FILES, INDEX, SHARD_PATTERN)
+"""What may be in any."""
 
 _KEPT_SETTINGS = ("seed", "model", "pretrain", "finetune", "evaluation")
 _FACTS = ("stage", "origin", "epoch", "step", "metrics")
@@ -177,40 +193,102 @@ def _model(
     catalogue: Dataset | None,
     item_table: Literal["dense", "sharded"] = "dense",
 ) -> tuple[S3Rec, Growth]:
-    path = metadata["path"]
-    if "config" not in metadata:
-        raise ExportError(f"{path}: its metadata has no settings; expected a run, a checkpoint or an exported model")
-    config = from_dict(metadata["config"], path)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)  # for items that are new
-        model = S3Rec(
-            # this machine's choice, not the training machine's
-            dataclasses.replace(config.model, attention="auto", item_table=item_table, attribute_table="dense"),
-            catalogue.n_items if catalogue else metadata["n_items"],
-            catalogue.n_attributes if catalogue else metadata["n_attributes"],
-            catalogue.item_attributes() if catalogue else None,
-            config.pretrain,
-            config.finetune,
-        )
+        torch.manual_seed(_config_of(metadata).seed)  # for items that are new
+        model = _new_model(metadata, catalogue, item_table)
     if catalogue is not None:
         return model, fit_to_dataset(model, weights, metadata, catalogue)
-    fit_weights(model, weights, path)
+    fit_weights(model, weights, metadata["path"])
     return model, Growth()
 
 
-def export(path: str, dataset: Dataset, output: str, *, overwrite: bool = False, tell: Progress = _nobody) -> None:
+def _new_model(
+    metadata: Mapping[str, Any], catalogue: Dataset | None, item_table: Literal["dense", "sharded"] = "dense"
+) -> S3Rec:
+    config = _config_of(metadata)
+    return S3Rec(
+        # this machine's choice, not the training machine's
+        dataclasses.replace(config.model, attention="auto", item_table=item_table, attribute_table="dense"),
+        catalogue.n_items if catalogue else metadata["n_items"],
+        catalogue.n_attributes if catalogue else metadata["n_attributes"],
+        catalogue.item_attributes() if catalogue else None,
+        config.pretrain,
+        config.finetune,
+    )
+
+
+def _config_of(metadata: Mapping[str, Any]) -> Config:
+    path = metadata["path"]
+    if "config" not in metadata:
+        raise ExportError(f"{path}: its metadata has no settings; expected a run, a checkpoint or an exported model")
+    return from_dict(metadata["config"], path)
+
+
+def _fitting(weights: Weights, metadata: Mapping[str, Any], catalogue: Dataset | None) -> Weights:
+    """Weights in the order of the model that they fit to. Raises CheckpointError where there is none."""
+    with torch.device("meta"):
+        model = _new_model(metadata, catalogue)
+    check_shapes(model, {name: tensor.shape for name, tensor in weights.items()}, metadata["path"])
+    return {name: weights[name] for name in model.state_dict()}
+
+
+def verify_export(folder: str, storage: Storage | None = None) -> None:
+    """Compares every file of a model folder with its hash, and the shapes of its weights with its settings. Raises as
+    :func:`load_export`."""
+    with open_weights(folder, storage) as (weights, metadata):
+        _fitting(weights, metadata, open_catalogue(folder, metadata, storage))
+
+
+@contextlib.contextmanager
+def _opened(path: str, dataset: Dataset, tell: Progress) -> Iterator[tuple[Weights, dict[str, Any]]]:
+    """The weights of a model for ``dataset``, which are read when they are asked for; where that has grown since, they
+    are in memory. Raises as :func:`load_model`."""
+    with open_weights(path, dataset.storage) as (weights, metadata):
+        growth = growth_since(metadata, dataset)
+        if growth:
+            _tell_of(growth, path, dataset, tell)
+            whole = {name: tensor.rows(0, tensor.shape[0]) for name, tensor in weights.items()}
+            yield _in_memory(_model(whole, metadata, dataset)[0]), metadata
+        else:
+            yield _fitting(weights, metadata, dataset), metadata
+
+
+def _in_memory(model: S3Rec) -> Weights:
+    return {name: InMemory(tensor) for name, tensor in model.state_dict().items()}
+
+
+@contextlib.contextmanager
+def streamed_model(path: str, dataset: Dataset, tell: Progress = _nobody) -> Iterator[S3Rec]:
+    """The model that :func:`load_model` loads, but not folded, and its items' own rows stay where they lie: its
+    ``item_rows`` are :class:`StoredRows`."""
+    with _opened(path, dataset, tell) as (weights, metadata):
+        model = _new_model(metadata, dataset, "sharded")
+        model.load_state_dict({name: weights[name].rows(0, weights[name].shape[0]) for name in model.state_dict()})
+        model.item_rows = StoredRows(weights[TENSORS["items"]])
+        yield model
+
+
+def export(
+    path: str,
+    dataset: Dataset,
+    output: str,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    tell: Progress = _nobody,
+) -> None:
     """Writes the model of a run, checkpoint or exported folder as a model folder with the catalogue of ``dataset``,
     whose storage is used. Both may be paths or URLs. ``tell`` is told where the dataset has grown since.
 
     Raises :class:`ExportError` where ``output`` exists or cannot be written, and what :func:`load_model` raises.
     """
-    weights, metadata = load_weights(path, dataset.storage)
-    model, growth = _model(weights, metadata, dataset)
-    _tell_of(growth, path, dataset, tell)
-    kept: dict[str, Any] = {name: metadata[name] for name in _FACTS if name in metadata}
-    if fingerprint := trained_on(metadata):
-        kept["trained_on"] = fingerprint
-    write_model(model, output, kept, from_dict(metadata["config"], path), dataset, overwrite=overwrite)
+    with _opened(path, dataset, tell) as (weights, metadata):
+        facts: dict[str, Any] = {"n_items": dataset.n_items, "n_attributes": dataset.n_attributes}
+        facts |= {name: metadata[name] for name in _FACTS if name in metadata}
+        if fingerprint := trained_on(metadata):
+            facts["trained_on"] = fingerprint
+        config = _config_of(metadata)
+        _write(weights, output, facts, config, dataset, dataset.storage, overwrite, max_shard_bytes)
 
 
 def trained_on(metadata: Mapping[str, Any]) -> str:
@@ -227,6 +305,7 @@ def write_model(
     *,
     overwrite: bool = False,
     storage: Storage | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a model folder, whole or not at all; an earlier model folder is replaced only with ``overwrite``.
     ``output`` is a path or URL under ``storage``, or else the dataset's.
@@ -234,6 +313,21 @@ def write_model(
     ``facts`` (stage, epoch, step, metrics, trained_on) go into config.json and the model card. Raises
     :class:`ExportError`.
     """
+    facts = {"n_items": model.n_items, "n_attributes": model.n_attributes, **facts}
+    storage = storage or (dataset.storage if dataset else Storage())
+    _write(_in_memory(model), output, facts, config, dataset, storage, overwrite, max_shard_bytes)
+
+
+def _write(
+    weights: Weights,
+    output: str,
+    facts: Mapping[str, Any],
+    config: Config,
+    dataset: Dataset | None,
+    storage: Storage,
+    overwrite: bool,
+    max_shard_bytes: int,
+) -> None:
     settings = {name: value for name, value in to_dict(config).items() if name in _KEPT_SETTINGS}
     for section, name in _PATHS.items():
         settings[section][name] = os.path.basename(settings[section][name].rstrip("/"))
@@ -243,8 +337,6 @@ def write_model(
         "model_type": "s3rec",
         "architectures": ["S3Rec"],
         "created_with": f"s3rec_dist {s3rec_dist.__version__}",
-        "n_items": model.n_items,
-        "n_attributes": model.n_attributes,
         **facts,
         "config": settings,
     }
@@ -256,14 +348,12 @@ def write_model(
             "dataset_fingerprint": dataset.fingerprint,
             "catalogue": catalogue_of(dataset),
         }
-    weights = {name: tensor.float().contiguous() for name, tensor in model.state_dict().items()}
-    storage = storage or (dataset.storage if dataset else Storage())
     local = storage.local(output)
     place = output.rstrip("/") if local is None else os.path.abspath(local)
     try:
         with _whole_folder(place, overwrite, storage) as folder:
-            save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-            files = {WEIGHTS: describe(folder / WEIGHTS)}
+            stored = write_weights(weights, folder, max_shard_bytes)
+            files = {name: describe(folder / name) for name in stored}
             if dataset is not None:
                 for name in CATALOGUE:
                     files[name] = _copy(dataset, name, folder)
@@ -271,7 +361,8 @@ def write_model(
             metadata["files"] = files
             (folder / CONFIG).write_text(json.dumps(metadata, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             (folder / CARD).write_text(model_card(metadata, os.path.basename(place)), "utf-8")
-            (folder / WEIGHTS).chmod((folder / CARD).stat().st_mode)  # safetensors makes files for their owner alone
+            for name in stored:
+                (folder / name).chmod((folder / CARD).stat().st_mode)  # safetensors makes files for their owner alone
             for name in (*files, CONFIG, CARD, "."):
                 sync_file(str(folder / name))
     except (OSError, SafetensorError) as error:
@@ -325,17 +416,22 @@ def _replaced(place: str, overwrite: bool, storage: Storage) -> list[str]:
     else:
         names = {name for name in names if not name.startswith(".")}  # as in a new Hugging Face repository
         is_there = bool(names)
-        is_cut_short = names <= {WEIGHTS, *CATALOGUE, CARD}
+        is_cut_short = CONFIG not in names and all(map(_is_model_file, names))
     if is_there and not overwrite:
         raise ExportError(f"{place}: exists already; choose another output, or pass --overwrite to replace it")
-    if is_there and not is_cut_short and not {CONFIG, WEIGHTS} <= names:
+    if is_there and not is_cut_short and not (CONFIG in names and names & {WEIGHTS, INDEX}):
         raise ExportError(f"{place}: not a model folder, so --overwrite leaves it alone; choose another output")
-    if storage.local(place) is not None and (others := names.difference(MODEL_FILES)):
+    own = {name for name in names if _is_model_file(name)}
+    if storage.local(place) is not None and (others := names - own):
         raise ExportError(
             f"{place}: holds {min(others)} too, which --overwrite would remove with the model; move it elsewhere, or "
             "choose another output"
         )
-    return [name for name in MODEL_FILES if name in names]
+    return sorted(own, key=lambda name: name != CONFIG)
+
+
+def _is_model_file(name: str) -> bool:
+    return name in (CONFIG, *CATALOGUE, CARD) or is_weights_file(name)
 
 
 def _ranked_among(evaluation: Mapping[str, Any]) -> str:

@@ -225,7 +225,7 @@ def test_overwrite_replaces_model_folders_only(run: Path, dataset: Dataset, tmp_
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-@pytest.mark.parametrize("step", ["save_file", "describe", "_copy", "model_card", "sync_file", "rename"])
+@pytest.mark.parametrize("step", ["write_weights", "describe", "_copy", "model_card", "sync_file", "rename"])
 def test_a_write_that_fails_anywhere_changes_nothing(
     run: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, earlier: bool
 ) -> None:

@@ -10,6 +10,7 @@ What a format carries over, and what not, stands in its own module.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import sys
@@ -24,6 +25,7 @@ from s3rec_dist.interchange import recbole, reference
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.serving import onnx, program, vectors
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
+from s3rec_dist.training.weights import MAX_SHARD_BYTES
 
 FOLDER = "folder"
 """The format of ``s3rec export`` that every command here reads: a model folder."""
@@ -88,9 +90,31 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{FOLDER} (the default): a model folder with the catalogue; {known}",
     )
     _add_output_arguments(parser, "what to write, a path or URL: a folder, or a file of the format")
-    for name, entry in EXPORT_FORMATS.items():
-        if entry.add_arguments is not _no_arguments:
-            entry.add_arguments(parser.add_argument_group(f"--format {name}"))
+    for name, add in _options().items():
+        if add is not _no_arguments:
+            add(parser.add_argument_group(f"--format {name}"))
+
+
+def _options() -> dict[str, Callable[[argparse._ArgumentGroup], None]]:
+    """What adds the options of each format."""
+    return {FOLDER: _add_folder_arguments, **{name: entry.add_arguments for name, entry in EXPORT_FORMATS.items()}}
+
+
+def _add_folder_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--max-shard-mb",
+        type=_positive_number,
+        default=MAX_SHARD_BYTES / (1 << 20),
+        metavar="MB",
+        help="MiB of weights in a file: more than these are cut into shards with an index (default: %(default)g)",
+    )
+
+
+def _positive_number(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) < float("inf"):
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0")
 
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +158,8 @@ def run_export(args: argparse.Namespace) -> None:
     dataset = Dataset.open(args.dataset, storage)
     tell = partial(print, file=sys.stderr)
     if args.format == FOLDER:
-        export(args.model, dataset, args.output, overwrite=args.overwrite, tell=tell)
+        most = max(1, int(args.max_shard_mb * (1 << 20)))
+        export(args.model, dataset, args.output, overwrite=args.overwrite, max_shard_bytes=most, tell=tell)
     else:
         EXPORT_FORMATS[args.format].write(load_model(args.model, dataset, tell=tell).eval(), dataset, args)
     _report(args.output, storage)
@@ -143,9 +168,9 @@ def run_export(args: argparse.Namespace) -> None:
 def _refuse_options_of_other_formats(args: argparse.Namespace) -> None:
     """Raises :class:`ExportError` for an option that the chosen format would not look at."""
     own = EXPORT_FORMATS[args.format].also if args.format != FOLDER else ()
-    for name, entry in EXPORT_FORMATS.items():
+    for name, add in _options().items():
         parser = argparse.ArgumentParser(add_help=False)
-        entry.add_arguments(parser.add_argument_group())
+        add(parser.add_argument_group())
         for option, default in vars(parser.parse_args([])).items():
             if name != args.format and option not in own and getattr(args, option) != default:
                 flag = "--" + option.replace("_", "-")

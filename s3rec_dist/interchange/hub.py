@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from s3rec_dist.export import CARD, CONFIG, MODEL_FILES, load_export, model_card
+from s3rec_dist.export import CARD, CONFIG, MODEL_PATTERNS, model_card, verify_export
 from s3rec_dist.storage import Storage, hide
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -32,9 +32,9 @@ class HubError(ValueError):
 def push(folder: str, repository: str, *, private: bool = False, revision: str = "", message: str = "") -> str:
     """Puts a local model folder into ``user/repo``, made where there is none, in one commit, and returns its URL.
 
-    The folder is loaded first, which compares every file with its hash. Files that are not a model folder's stay here.
+    Every file is compared with its hash first. Files that are not a model folder's stay here.
     A model card that nobody has changed names the repository there. Raises :class:`HubError`, and what
-    :func:`load_export` raises.
+    :func:`verify_export` raises.
     """
     hub = _huggingface_hub()
     if not _REPOSITORY.fullmatch(repository):
@@ -42,7 +42,7 @@ def push(folder: str, repository: str, *, private: bool = False, revision: str =
     local = Storage().local(folder)
     if local is None:
         raise HubError(f"{folder}: expected a local model folder; copy it here first")
-    load_export(local)
+    verify_export(local)
     metadata = json.loads(Path(local, CONFIG).read_text("utf-8"))
     files: dict[str, str | bytes] = {name: os.path.join(local, name) for name in (CONFIG, *metadata["files"])}
     card = Path(local, CARD)
@@ -84,7 +84,7 @@ def at_hand(folder: str, revision: str = "") -> str:
     try:
         hub = _huggingface_hub()
         with _told(hub, folder, revision):
-            return str(hub.snapshot_download(folder, revision=revision or None, allow_patterns=list(MODEL_FILES)))
+            return str(hub.snapshot_download(folder, revision=revision or None, allow_patterns=list(MODEL_PATTERNS)))
     except HubError as error:
         raise HubError(f"{folder}: there is no such local folder; on the Hub: {error}") from error
 

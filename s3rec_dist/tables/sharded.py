@@ -162,10 +162,10 @@ class ShardedTable:
     def peek(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows [K, E] fp32 of ``ids`` [K] of this rank, as they are or would be at first. No collective."""
         slots = self._slot_of[ids // self.world_size]
-        rows = self._rows[slots.clamp(min=0).long()].float() if self.used else self._initial(ids)
+        rows = self._rows[slots.clamp(min=0).long()].float() if self.used else initial_rows(self.spec, ids)
         new = (slots < 0).nonzero().squeeze(1)
         if len(new) and self.used:
-            rows[new] = self._initial(ids[new])
+            rows[new] = initial_rows(self.spec, ids[new])
         return rows
 
     def owns(self, ids: torch.Tensor) -> torch.Tensor:
@@ -268,7 +268,7 @@ class ShardedTable:
             self.used = min(self.used + len(new), self.capacity)
             self._slot_of[places_of_new] = free.int()
             self._ids[free] = new
-            self._rows[free] = self._initial(new).to(self._rows.dtype)
+            self._rows[free] = initial_rows(self.spec, new).to(self._rows.dtype)
             for values in self._state.values():
                 values[free] = 0
             slots = self._slot_of[places]
@@ -292,18 +292,6 @@ class ShardedTable:
         self.evicted += count
         return free
 
-    def _initial(self, ids: torch.Tensor) -> torch.Tensor:
-        """The first values of rows, fp32 [K, E]: normal, by Box and Muller from two halves of a hash."""
-        spec = self.spec
-        if not spec.initial_std:
-            return torch.zeros(len(ids), spec.features, device=ids.device)
-        keys = hash64(torch.full_like(ids, key_of(spec.seed, _INITIAL_KEY)), ids)
-        words = hash64(keys[:, None], torch.arange(-(-spec.features // 2), device=ids.device))
-        radius = ((words >> 40) & 0xFFFFFF).float().add_(1).mul_(2.0**-24).log_().mul_(-2).sqrt_()
-        angle = (words & 0xFFFFFF).float().mul_(2 * math.pi * 2.0**-24)
-        pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), 2).flatten(1)
-        return pairs[:, : spec.features].mul(spec.initial_std)
-
     def _rounded(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """fp32 [R, E] as bf16, up or down at random by what is left: a function of (seed, update, id, feature)."""
         key = torch.full_like(ids, key_of(self.spec.seed, _ROUNDING_KEY, self.steps))
@@ -323,6 +311,18 @@ class ShardedTable:
 
 
 _PART = 1 << 16
+
+
+def initial_rows(spec: TableSpec, ids: torch.Tensor) -> torch.Tensor:
+    """The first values of the rows ``ids`` [K], fp32 [K, E]: normal, by Box and Muller from two halves of a hash."""
+    if not spec.initial_std:
+        return torch.zeros(len(ids), spec.features, device=ids.device)
+    keys = hash64(torch.full_like(ids, key_of(spec.seed, _INITIAL_KEY)), ids)
+    words = hash64(keys[:, None], torch.arange(-(-spec.features // 2), device=ids.device))
+    radius = ((words >> 40) & 0xFFFFFF).float().add_(1).mul_(2.0**-24).log_().mul_(-2).sqrt_()
+    angle = (words & 0xFFFFFF).float().mul_(2 * math.pi * 2.0**-24)
+    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), 2).flatten(1)
+    return pairs[:, : spec.features].mul(spec.initial_std)
 
 
 def _first_of_each(ids: torch.Tensor) -> torch.Tensor:

@@ -51,10 +51,22 @@ from s3rec_dist.training.engine import (
 from s3rec_dist.training.nonfinite import check_finite
 from s3rec_dist.training.relayout import read_adam_state
 from s3rec_dist.training.snapshot import HostCopies
+from s3rec_dist.training.weights import (
+    INDEX,
+    ROWS_READ,
+    TENSORS,
+    WEIGHTS,
+    ShardsError,
+    StoredTensor,
+    TableRows,
+    Weights,
+    in_file,
+    in_shards,
+)
 
 FOLDER = "checkpoints"
 SHARDS, TABLES = "deepspeed", "tables"
-WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.json", "manifest.json"
+STATE, MANIFEST = "state.json", "manifest.json"
 _FORMAT = "s3rec_dist checkpoint"
 WRITING, _OLD = ".writing-", ".old-"
 _DESCRIBED = {"bytes": int, "sha256": str}
@@ -427,10 +439,10 @@ def _read_json(path: str, storage: Storage) -> dict[str, Any]:
 def _checked(folder: str, name: str, files: Mapping[str, Any], storage: Storage) -> Iterator[str]:
     """A local path to read a folder's file from, held against what ``files`` says of it, if anything."""
     expected = files.get(name, {})
-    with (
-        _told_as_damage(),
-        storage.at_hand(f"{folder}/{name}", size=expected.get("bytes"), sha256=expected.get("sha256", "")) as path,
-    ):
+    with contextlib.ExitStack() as stack:
+        with _told_as_damage():
+            copy = storage.at_hand(f"{folder}/{name}", size=expected.get("bytes"), sha256=expected.get("sha256", ""))
+            path = stack.enter_context(copy)
         yield path
 
 
@@ -495,8 +507,8 @@ def _read_rows(table: ShardedTable, files: Iterable[str]) -> None:
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             ids = tensors.get_tensor("ids")
-            for begin in range(0, len(ids), _ROWS_READ):
-                part = slice(begin, begin + _ROWS_READ)
+            for begin in range(0, len(ids), ROWS_READ):
+                part = slice(begin, begin + ROWS_READ)
                 if table.owns(ids[part]).any():
                     found = {name: tensors.get_slice(name)[part] for name in tensors.keys()}  # noqa: SIM118
                     table.put(ids[part], found)
@@ -508,115 +520,123 @@ def load_weights(
     """Whole fp32 weights and their metadata (state.json or config.json, and ``path``), verified, without DeepSpeed.
 
     Where ``tables``, given the metadata, has ``"items"`` or ``"attributes"``, their rows go into this rank's part of
-    that, else with the other weights, and no rank needs memory for all of them. ``path`` is the folder or URL of a run
-    (its best checkpoint, or the newest where none is marked), a checkpoint, or an exported model. Raises
-    :class:`CheckpointError`.
+    that, else with the other weights, and no rank needs memory for all of them. ``path`` is as :func:`open_weights`
+    takes it. Raises :class:`CheckpointError`.
     """
-    storage = storage or Storage()
+    weights: dict[str, torch.Tensor] = {}
+    with open_weights(path, storage) as (stored, metadata), _told_as_unreadable(metadata["path"]):
+        own = tables(metadata)
+        for name, tensor in stored.items():
+            kind = _KINDS.get(name, "")
+            if kind in own:
+                _put(kind, own[kind], tensor, metadata["path"])
+            else:
+                weights[name] = tensor.rows(0, tensor.shape[0])
+    return weights, metadata
+
+
+@contextlib.contextmanager
+def open_weights(path: str, storage: Storage | None = None) -> Iterator[tuple[Weights, dict[str, Any]]]:
+    """Whole weights that are read when they are asked for, verified already, and their metadata. Files of other storage
+    are copied to this host for as long as the block lasts.
+
+    ``path`` is the folder or URL of a run (its best checkpoint, or the newest where none is marked), a checkpoint, or
+    an exported model. Raises :class:`CheckpointError`.
+    """
+    with contextlib.ExitStack() as stack:
+        yield _open(path, storage or Storage(), stack)
+
+
+def _open(path: str, storage: Storage, stack: contextlib.ExitStack) -> tuple[Weights, dict[str, Any]]:
     local = storage.local(path)
     folder = path.rstrip("/") if local is None else str(Path(local))
     if not storage.is_folder(folder):
         raise CheckpointError(f"{path}: no such folder; expected a run, a checkpoint or an exported model")
     names = storage.names(folder)
     if FOLDER in names:
-        return _weights_of_run(f"{folder}/{FOLDER}", storage, tables)
+        return _open_run(f"{folder}/{FOLDER}", storage, stack)
     if MANIFEST in names and STATE in names:
-        return _weights_of_tag(folder, storage, tables)
+        return _open_tag(folder, storage, stack)
     if "config.json" in names:
         metadata = _read_json(f"{folder}/config.json", storage)
-        return _tensors(folder, metadata.get("files", {}), storage, metadata, tables(metadata)), {
-            **metadata,
-            "path": folder,
-        }
+        return _open_files(folder, metadata.get("files", {}), storage, metadata, stack), {**metadata, "path": folder}
     stages = [stage for stage in ("finetune", "pretrain") if storage.is_folder(f"{folder}/{stage}/{FOLDER}")]
     hint = f"did you mean {folder}/{stages[0]}?" if stages else "expected a run, a checkpoint or an exported model"
     raise CheckpointError(f"{path}: holds no model; {hint}")
 
 
-def _weights_of_run(folder: str, storage: Storage, tables: TablesFor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _open_run(folder: str, storage: Storage, stack: contextlib.ExitStack) -> tuple[Weights, dict[str, Any]]:
     if "best" in storage.names(folder):
-        return _weights_of_tag(f"{folder}/{storage.read(f'{folder}/best').decode().strip()}", storage, tables)
+        return _open_tag(f"{folder}/{storage.read(f'{folder}/best').decode().strip()}", storage, stack)
     damaged: list[str] = []
     for tag in _tags(folder, storage):
-        try:
-            return _weights_of_tag(f"{folder}/{tag}", storage, tables)
-        except CheckpointError as error:
-            damaged.append(str(error))
+        with contextlib.ExitStack() as attempt:
+            try:
+                found = _open_tag(f"{folder}/{tag}", storage, attempt)
+            except CheckpointError as error:
+                damaged.append(str(error))
+            else:
+                stack.enter_context(attempt.pop_all())
+                return found
     if damaged:
         raise _none_is_whole(folder, damaged)
     raise CheckpointError(f"{folder}: holds no checkpoint yet; train first")
 
 
-def _weights_of_tag(folder: str, storage: Storage, tables: TablesFor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _open_tag(folder: str, storage: Storage, stack: contextlib.ExitStack) -> tuple[Weights, dict[str, Any]]:
     files = _files_of(folder, storage)
     with _checked(folder, STATE, files, storage) as path:
         metadata = _read_json(path, Storage())
-    return _tensors(folder, files, storage, metadata, tables(metadata)), {**metadata, "path": folder}
+    return _open_files(folder, files, storage, metadata, stack), {**metadata, "path": folder}
 
 
-def _tensors(
-    folder: str, files: Mapping[str, Any], storage: Storage, metadata: Mapping[str, Any], tables: Tables
-) -> dict[str, torch.Tensor]:
+def _open_files(
+    folder: str, files: Mapping[str, Any], storage: Storage, metadata: Mapping[str, Any], stack: contextlib.ExitStack
+) -> Weights:
     """The weights in a folder, held against what ``files`` says about them."""
-    weights: dict[str, torch.Tensor] = {}
-    try:
-        with _checked(folder, WEIGHTS, files, storage) as path, safe_open(path, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118
-                kind = _KINDS.get(name, "")
-                if kind in tables:
-                    _put_whole(kind, tables[kind], stored.get_slice(name), folder)
-                else:
-                    weights[name] = stored.get_tensor(name)
+
+    def at_hand(name: str) -> str:
+        return stack.enter_context(_checked(folder, name, files, storage))
+
+    with _told_as_unreadable(folder):
+        try:
+            weights = in_shards(at_hand(INDEX), at_hand) if INDEX in files else in_file(at_hand(WEIGHTS))
+        except ShardsError as error:
+            raise CheckpointError(f"{folder}/{INDEX}: {error}; export the model again") from error
         for name, described in metadata.get("tables", {}).items():
             spec = TableSpec(**{key: value for key, value in described.items() if key != "steps"})
-            with contextlib.ExitStack() as stack:
-                shards = sorted(file for file in files if file.startswith(f"{TABLES}/{name}-"))
-                paths = [stack.enter_context(_checked(folder, file, files, storage)) for file in shards]
-                if name in tables:
-                    _check_rows(name, tables[name], spec.rows, folder)
-                    _read_rows(tables[name], paths)
-                else:
-                    weights[_TENSORS[name]] = _whole_rows(name, spec, paths)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}/{WEIGHTS}: cannot be read ({error})") from error
+            shards = sorted(file for file in files if file.startswith(f"{TABLES}/{name}-"))
+            weights[TENSORS[name]] = TableRows(spec, [at_hand(file) for file in shards], is_of_items=name == "items")
     return weights
 
 
-_TENSORS = {"items": "item_embedding.weight", "attributes": "attribute_embedding.weight"}
-"""A model's own tensor for each table."""
-_KINDS = {tensor: kind for kind, tensor in _TENSORS.items()}
-_ROWS_READ = 1 << 16
+@contextlib.contextmanager
+def _told_as_unreadable(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}/{WEIGHTS}: cannot be read ({error})") from error
 
 
-def _check_rows(kind: str, table: ShardedTable, rows: int, source: str) -> None:
+_KINDS = {tensor: kind for kind, tensor in TENSORS.items()}
+
+
+def _put(kind: str, table: ShardedTable, stored: StoredTensor, source: str) -> None:
+    """Puts the rows of a model's own tensor in a table: of items [N + 2, E] the mask token's is the last."""
+    size = stored.shape[0]
+    rows = size - (kind == "items")
     if table.spec.rows < rows:
         raise CheckpointError(
             f"{source}: has {rows - 1:,} {kind}, this dataset {table.spec.rows - 1:,}; take the one it was trained on"
         )
-
-
-def _put_whole(kind: str, table: ShardedTable, stored: Any, source: str) -> None:
-    """Rows of a model's own tensor: of items [N + 2, E] the mask token's, which is the last, in their place."""
-    size = stored.get_shape()[0]
-    _check_rows(kind, table, size - (kind == "items"), source)
-    for begin in range(kind == "items", size, _ROWS_READ):
-        values = stored[begin : min(begin + _ROWS_READ, size)]
+    if isinstance(stored, TableRows):
+        _read_rows(table, stored.files)
+        return
+    for begin in range(kind == "items", size, ROWS_READ):
+        values = stored.rows(begin, min(begin + ROWS_READ, size))
         ids = torch.arange(begin, begin + len(values))
         own = ids.masked_fill(ids == size - 1, MASK_ROW) if kind == "items" else ids
         table.put(own, {"rows": values})
-
-
-def _whole_rows(kind: str, spec: TableSpec, files: Iterable[str]) -> torch.Tensor:
-    """A model's own tensor of a table's rows."""
-    whole = torch.zeros(spec.rows + (kind == "items"), spec.features)
-    for ids, rows in ShardedTable(dataclasses.replace(spec, optimizer="sgd", capacity=1)).whole():
-        whole[ids] = rows
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            whole[tensors.get_tensor("ids")] = tensors.get_tensor("rows").float()
-    if kind == "items":
-        whole[spec.rows], whole[0] = whole[MASK_ROW].clone(), 0
-    return whole
 
 
 def catalogue_of(dataset: Dataset) -> str:
@@ -686,21 +706,27 @@ _SHAPE_HINTS = {
 
 
 def fit_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
-    """Loads ``weights`` into ``model``. Raises :class:`CheckpointError` naming the first tensor that is missing,
-    unknown or of another shape, and the setting behind it."""
+    """Loads ``weights`` into ``model``. Raises what :func:`check_shapes` raises."""
+    check_shapes(model, {name: tuple(tensor.shape) for name, tensor in weights.items()}, source)
+    model.load_state_dict(dict(weights))
+
+
+def check_shapes(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raises :class:`CheckpointError` naming the first tensor of ``shapes`` that is missing, unknown or of another
+    shape than in ``model``, and the setting behind it."""
     own = model.state_dict()
     for name in own:
-        if name not in weights:
+        if name not in shapes:
             raise CheckpointError(
                 f"{source}: has no tensor {name}, which this model needs; is {_setting_of(name)} the same?"
             )
-    for name in weights:
+    for name in shapes:
         if name not in own:
             raise CheckpointError(
                 f"{source}: has a tensor {name}, unknown to this model; is {_setting_of(name)} the same?"
             )
     for name, tensor in own.items():
-        expected, found = tuple(tensor.shape), tuple(weights[name].shape)
+        expected, found = tuple(tensor.shape), shapes[name]
         if expected != found:
             hints = _SHAPE_HINTS.get(name, ("model.hidden_size or model.inner_size",) * 2)
             axis = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), 0)
@@ -708,7 +734,6 @@ def fit_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], sou
                 f"{source}: {name} has shape {list(found)}, this model's is {list(expected)}; it follows from "
                 f"{hints[min(axis, 1)]}"
             )
-    model.load_state_dict(dict(weights))
 
 
 def _setting_of(name: str) -> str:
