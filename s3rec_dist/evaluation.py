@@ -53,6 +53,7 @@ from s3rec_dist.storage import Storage, add_storage_argument, storage_of
 from s3rec_dist.tables import ShardedTable
 from s3rec_dist.tables.scored import ItemShard, Scored, WholeItems
 from s3rec_dist.training.engine import gather, start, together
+from s3rec_dist.training.weights import MAX_SHARD_BYTES, ROWS_READ, InMemory, StoredRows
 
 Split = Literal["validation", "test"]
 
@@ -275,11 +276,31 @@ def item_vectors(model: S3Rec, n_items: int, source: str) -> torch.Tensor:
     """Item vectors, fp32 [N, E]; row i is item i + 1. ``source`` names what has ``n_items`` items."""
     _check_size(model, n_items, source)
     items = model.catalogue_vectors.detach()[1 : n_items + 1].float()
-    finite = torch.isfinite(items).all(1)
-    if not finite.all():
-        bad = int(finite.int().argmin()) + 1
-        raise EvaluationError(f"item {bad}: its embedding is not finite; the model's training has diverged")
+    _check_finite(items, 1)
     return items
+
+
+def item_vectors_in_parts(model: S3Rec, n_items: int, source: str) -> Iterator[torch.Tensor]:
+    """As :func:`item_vectors`, some at a time [K, E]; stored rows are read by as many as a shard has."""
+    _check_size(model, n_items, source)
+    table = model.item_rows
+    stored = table.stored if isinstance(table, StoredRows) else InMemory(model.item_embedding.weight.detach())
+    many = max(1, MAX_SHARD_BYTES // (4 * stored.shape[1]))
+    for begin in range(1, n_items + 1, many):
+        rows = stored.rows(begin, min(begin + many, n_items + 1))
+        for at, part in enumerate(rows.split(ROWS_READ)):
+            first = begin + at * ROWS_READ
+            vectors = model.with_features(torch.arange(first, first + len(part)), part).detach()
+            _check_finite(vectors, first)
+            yield vectors
+
+
+def _check_finite(vectors: torch.Tensor, first: int) -> None:
+    """Raises :class:`EvaluationError` naming an item whose vector is not finite; ``first`` is row 0's."""
+    finite = torch.isfinite(vectors).all(1)
+    if not finite.all():
+        bad = int(finite.int().argmin()) + first
+        raise EvaluationError(f"item {bad}: its embedding is not finite; the model's training has diverged")
 
 
 def _check_size(model: S3Rec, n_items: int, source: str) -> None:

@@ -20,7 +20,7 @@ from functools import partial
 
 from s3rec_dist.config import Config
 from s3rec_dist.data.dataset import Dataset
-from s3rec_dist.export import ExportError, export, load_model, write_model
+from s3rec_dist.export import ExportError, export, load_model, streamed_model, write_model
 from s3rec_dist.interchange import recbole, reference
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.serving import onnx, program, vectors
@@ -46,6 +46,8 @@ class ExportFormat:
     there only with ``args.overwrite``. Raises a ValueError of ours."""
     add_arguments: Callable[[argparse._ArgumentGroup], None] = _no_arguments
     """Adds the format's own options."""
+    is_streamed: bool = False
+    """Whether it takes a model whose items' rows stay in its files."""
     also: tuple[str, ...] = ()
     """Options of another format that it takes too, by their names in the arguments."""
 
@@ -68,6 +70,7 @@ EXPORT_FORMATS = {
     "vectors": ExportFormat(
         summary="a folder of item vectors: Parquet, .npy, a FAISS index",
         write=vectors.write_vectors,
+        is_streamed=True,
         add_arguments=vectors.add_arguments,
     ),
 }
@@ -161,7 +164,13 @@ def run_export(args: argparse.Namespace) -> None:
         most = max(1, int(args.max_shard_mb * (1 << 20)))
         export(args.model, dataset, args.output, overwrite=args.overwrite, max_shard_bytes=most, tell=tell)
     else:
-        EXPORT_FORMATS[args.format].write(load_model(args.model, dataset, tell=tell).eval(), dataset, args)
+        entry = EXPORT_FORMATS[args.format]
+        with (
+            streamed_model(args.model, dataset, tell)
+            if entry.is_streamed
+            else contextlib.nullcontext(load_model(args.model, dataset, tell=tell)) as model
+        ):
+            entry.write(model.eval(), dataset, args)
     _report(args.output, storage)
 
 

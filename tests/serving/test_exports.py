@@ -16,6 +16,7 @@ import pytest
 import torch
 from handmade import random_groups, write
 
+from s3rec_dist import evaluation
 from s3rec_dist.__main__ import main
 from s3rec_dist.config import Config, ModelConfig
 from s3rec_dist.data.dataset import Dataset
@@ -26,6 +27,7 @@ from s3rec_dist.model import S3Rec
 from s3rec_dist.recommend import Candidates
 from s3rec_dist.serving import onnx, program, vectors
 from s3rec_dist.serving.padded import PaddedEncoder, Run, difference, padded, real_histories
+from s3rec_dist.training.weights import Joined
 
 for package in ("onnx", "onnxscript", "onnxruntime", "faiss"):
     if importlib.util.find_spec(package) is None:
@@ -165,13 +167,58 @@ def test_item_vectors_for_other_systems(
         vectors.write_vectors(model, dataset, options(tmp_path / "v"))
 
 
+@pytest.mark.parametrize("features", ["none", "add"])
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_vectors_of_a_large_model_are_made_and_indexed_some_at_a_time(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, features: Any
+) -> None:
+    model = make_model(dataset)
+    model = S3Rec(
+        dataclasses.replace(model.config, item_features=features),
+        dataset.n_items,
+        dataset.n_attributes,
+        dataset.item_attributes(),
+    ).eval()
+    torch.nn.init.normal_(model.item_embedding.weight)
+    config = dataclasses.replace(Config(), model=model.config)
+    write_model(model, str(tmp_path / "m"), {"stage": "finetune"}, config, dataset, max_shard_bytes=10 * 16 * 4)
+    common = ["export", str(tmp_path / "m"), "--dataset", dataset.path, "--format", "vectors", "--index", kind]
+    assert main([*common, "--output", str(tmp_path / "whole")]) == 0
+    read: list[int] = []
+    rows = Joined.rows
+
+    def counted(stored: Joined, begin: int, end: int) -> torch.Tensor:
+        if stored.shape[0] == dataset.n_items + 2:
+            read.append(end - begin)
+        return rows(stored, begin, end)
+
+    monkeypatch.setattr(Joined, "rows", counted)
+    monkeypatch.setattr(evaluation, "MAX_SHARD_BYTES", 10 * 16 * 4)
+    monkeypatch.setattr(evaluation, "ROWS_READ", 3)
+    monkeypatch.setattr(vectors, "ROWS_READ", 7)
+    assert main([*common, "--output", str(tmp_path / "parts")]) == 0
+    assert max(read) == 10 and sum(read) == dataset.n_items
+    for name in ("vectors.npy", "index.faiss") if features == "none" else ():
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    expected = model.catalogue_vectors.detach()[1:-1].numpy()
+    found = pq.read_table(tmp_path / "parts/vectors.parquet").column("vector").to_numpy()
+    np.testing.assert_allclose(np.stack(found), expected, rtol=0, atol=1e-6 if features == "add" else 0)
+    np.testing.assert_allclose(np.load(tmp_path / "parts/vectors.npy"), expected, rtol=0, atol=1e-6)
+
+
+def test_the_index_may_be_left_out(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    vectors.write_vectors(make_model(dataset), dataset, options(tmp_path / "v", index="none"))
+    assert {path.name for path in (tmp_path / "v").iterdir()} == {"vectors.parquet", "vectors.npy"}
+
+
 def test_an_ivf_index_of_many_items_finds_most_of_the_exact_best() -> None:
     draw = np.random.default_rng(0)
     table = draw.standard_normal((30_000, 16), dtype=np.float32)
-    ids = np.arange(5, 5 + len(table))
-    index = vectors.build_index(table, ids, "ivf")
+    rows = np.arange(5, len(table))
+    index = vectors.build_index(table, rows, "ivf")
     queries = draw.standard_normal((50, 16), dtype=np.float32)
-    exact = ids[np.argsort(-queries @ table.T)[:, :10]]
+    exact = rows[np.argsort(-queries @ table[rows].T)[:, :10]] + 1
     _, found = index.search(queries, 10)
     assert np.mean([np.isin(a, b).mean() for a, b in zip(exact, found, strict=True)]) > 0.6
 
