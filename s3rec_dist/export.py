@@ -11,7 +11,9 @@
     model = S3Rec.from_pretrained("models/beauty").eval()
 
 Both may be URLs. A folder appears only when it is whole, by a rename; on other storage by config.json, which comes
-last. Memory is bounded by a shard, whatever the catalogue. Other programs' files are ``s3rec_dist/interchange/``.
+last. Writing one takes the memory of a shard and the small weights, also where item rows come from a sharded table's
+checkpoint; only for a dataset that has grown since are all weights in memory. Other storage's files are copied to
+``storage.scratch_dir`` first. Other programs' files are ``s3rec_dist/interchange/``.
 """
 
 from __future__ import annotations
@@ -510,6 +512,12 @@ def model_card(metadata: Mapping[str, Any], name: str, url: str = "") -> str:
     if "step" in metadata:
         lines += [f"| epochs trained | {metadata['epoch']:g} |", f"| steps trained | {metadata['step']:,} |"]
     lines += ["", "All settings are in `config.json`.", ""]
+    if INDEX in metadata.get("files", {}):
+        lines += [
+            f"The weights are shards with an index, `{INDEX}`. A tensor that is larger than a shard is cut along its "
+            "rows into parts, whose names end in `.rows-BEGIN-END`: one after the other they are the tensor.",
+            "",
+        ]
     if metadata.get("metrics"):
         lines += [
             "## Validation",

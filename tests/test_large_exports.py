@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import subprocess
 import sys
@@ -18,7 +19,16 @@ from toy_models import assert_same_weights, six_items, small_model, write_run
 from s3rec_dist import __main__ as cli
 from s3rec_dist.config import Config
 from s3rec_dist.data.dataset import Dataset
-from s3rec_dist.export import ExportError, export, load_export, load_model, verify_export, write_model
+from s3rec_dist.export import (
+    MODEL_FILES,
+    MODEL_PATTERNS,
+    ExportError,
+    export,
+    load_export,
+    load_model,
+    verify_export,
+    write_model,
+)
 from s3rec_dist.model import S3Rec
 from s3rec_dist.tables import ShardedTable, TableSpec
 from s3rec_dist.training import weights as module
@@ -95,6 +105,28 @@ def test_rows_of_shards_go_into_a_sharded_table(model: Path, dataset: Dataset) -
         assert ROWS not in weights
         for ids, rows in table.whole():
             assert torch.equal(rows, expected[ids.masked_fill(ids == 0, 7)])
+
+
+def test_shards_are_uploaded_and_read_from_other_storage(run: Path, dataset: Dataset) -> None:
+    place = "memory://large-exports/m"
+    export(str(run), dataset, place, max_shard_bytes=SMALL_SHARD)
+    assert_same_weights(load_export(place), small_model(dataset))
+    with pytest.raises(ExportError, match="exists already"):
+        export(str(run), dataset, place)
+    export(place, dataset, place, overwrite=True)
+    assert dataset.storage.names(place) == sorted(MODEL_FILES)
+    assert_same_weights(load_export(place), small_model(dataset))
+    dataset.storage.remove(f"{place}/config.json")  # as an upload that was cut short
+    export(str(run), dataset, place, overwrite=True, max_shard_bytes=SMALL_SHARD)
+    dataset.storage.remove(f"{place}/config.json")
+    export(str(run), dataset, place, overwrite=True)
+    assert dataset.storage.names(place) == sorted(MODEL_FILES)
+
+
+def test_the_card_says_that_tensors_are_cut_and_the_hub_is_asked_for_every_file(model: Path) -> None:
+    assert "whose names end in `.rows-BEGIN-END`" in (model / "README.md").read_text()
+    for path in model.iterdir():
+        assert any(fnmatch.fnmatch(path.name, pattern) for pattern in MODEL_PATTERNS)
 
 
 def test_overwriting_replaces_shards_by_one_file_and_the_other_way(run: Path, dataset: Dataset, tmp_path: Path) -> None:
