@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s3rec_dist.config import (
@@ -288,12 +288,13 @@ trees = st.fixed_dictionaries(
 
 
 @given(trees)
+@settings(deadline=None)
 def test_any_config_reads_back_equal_from_its_yaml(tree: dict[str, typing.Any]) -> None:
     config = from_dict(tree, "drawn")
     assert from_dict(yaml.safe_load(to_yaml(config)), "stored") == config
     assert to_dict(from_dict(to_dict(config), "stored")) == to_dict(config)
-    for section, settings in tree.items():
-        for name, value in settings.items() if isinstance(settings, dict) else ():
+    for section, drawn in tree.items():
+        for name, value in drawn.items() if isinstance(drawn, dict) else ():
             held = getattr(getattr(config, section), name)
             assert held == (tuple(value) if isinstance(value, list) else value)
 

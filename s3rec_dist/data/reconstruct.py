@@ -85,6 +85,20 @@ class SharedNegatives:
 
 
 @dataclass(frozen=True)
+class Popularity:
+    """How often each item is drawn."""
+
+    shares: torch.Tensor
+    """fp64 [N], which add up to 1."""
+    ends: torch.Tensor
+    """fp64 [N], their cumulative sum."""
+
+    @classmethod
+    def of(cls, shares: torch.Tensor) -> Popularity:
+        return cls(shares, shares.cumsum(0))
+
+
+@dataclass(frozen=True)
 class PretrainSizes:
     """The sizes in a :class:`PretrainBatch` that depend on its draws."""
 
@@ -181,16 +195,15 @@ def finetune_batch(packed: PackedSequences, *, n_items: int, key: int) -> Finetu
     )
 
 
-def shared_negatives(count: int, n_items: int, key: int, shares: torch.Tensor | None, device: Any) -> SharedNegatives:
-    """``count`` items, a function of ``key``: all 1..``n_items`` alike, or as ``shares`` says, fp64 [N], which add up
-    to 1."""
+def shared_negatives(count: int, n_items: int, key: int, popularity: Popularity | None, device: Any) -> SharedNegatives:
+    """``count`` items, a function of ``key``: all 1..``n_items`` alike, or by their ``popularity``."""
     bits = _words(count, key, device)
-    if shares is None:
+    if popularity is None:
         items = uniform_below(bits, n_items) + 1
         return SharedNegatives(items, torch.full((count,), math.log(count / n_items), device=device))
     place = ((bits >> 11) & (2**53 - 1)).double() / 2**53
-    items = torch.searchsorted(shares.cumsum(0), place, right=True).clamp(max=n_items - 1)
-    return SharedNegatives(items + 1, (shares[items] * count).log().float())
+    items = torch.searchsorted(popularity.ends, place, right=True).clamp(max=n_items - 1)
+    return SharedNegatives(items + 1, (popularity.shares[items] * count).log().float())
 
 
 def attribute_negatives(count: int, n_attributes: int, key: int, device: Any) -> torch.Tensor:

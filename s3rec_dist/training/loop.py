@@ -31,6 +31,7 @@ from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.order import stage_spec
 from s3rec_dist.data.reconstruct import (
     FinetuneBatch,
+    Popularity,
     PretrainBatch,
     SharedNegatives,
     attribute_negatives,
@@ -273,20 +274,20 @@ class Task:
             return None
         key = key_of(step_seed or 0, _NEGATIVES_KEY)
         if self._is_in_batch:
-            assert batch.step_targets is not None and self._shares is not None
-            return in_batch_negatives(config.negatives, batch.step_targets, key, self._shares)
-        return shared_negatives(config.negatives, self.dataset.n_items, key, self._shares, self.device)
+            assert batch.step_targets is not None and self._popularity is not None
+            return in_batch_negatives(config.negatives, batch.step_targets, key, self._popularity.shares)
+        return shared_negatives(config.negatives, self.dataset.n_items, key, self._popularity, self.device)
 
     @cached_property
-    def _shares(self) -> torch.Tensor | None:
-        """fp64 [N]: the share of all interactions that each item has, where negatives are drawn by popularity; or
-        by batch, where one that another dataset of a mix has alone counts as taken once."""
+    def _popularity(self) -> Popularity | None:
+        """The share of all interactions that each item has, where negatives are drawn by popularity; or by batch, where
+        one that another dataset of a mix has alone counts as taken once."""
         if self.config.finetune.negative_sampling == "uniform":
             return None
         counts = torch.from_numpy(self.dataset.items_table().column("count").to_numpy().astype(np.float64))
         if self._is_in_batch:
             counts.clamp_(min=1)
-        return (counts / counts.sum()).to(self.device)
+        return Popularity.of((counts / counts.sum()).to(self.device))
 
     def dropout_seed(self, step: int) -> int:
         """The same on every rank; the samples' own keys set them apart."""

@@ -206,23 +206,26 @@ def test_strides_do_not_change_a_bit(backend: str) -> None:
 # In plain PyTorch
 
 
-@pytest.mark.parametrize("logits", [1, 40, 64])
-def test_the_size_of_a_chunk_changes_nothing(monkeypatch: pytest.MonkeyPatch, logits: int) -> None:
-    """Fewer than a row, rows that do not divide the batch, several rows."""
+@pytest.mark.parametrize(("logits", "least"), [(1, 1), (40, 1), (64, 1), (1, 512), (64, 8), (50, 10), (128, 512)])
+def test_the_size_of_a_tile_changes_nothing(monkeypatch: pytest.MonkeyPatch, logits: int, least: int) -> None:
+    """Of all attributes or some; fewer than a row, rows and attributes that do not divide the batch, several."""
     monkeypatch.setattr(reference, "LOGITS_PER_CHUNK", logits)
+    monkeypatch.setattr(reference, "LEAST_ROWS", least)
     for dtype in ERROR:
         assert_is_the_cross_entropy(Case(rows=29, dtype=dtype), "reference")
 
 
-def test_no_more_logits_than_a_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("least", [1, 12, 512])
+def test_no_more_logits_than_a_tile_has_exist_at_a_time(monkeypatch: pytest.MonkeyPatch, least: int) -> None:
     monkeypatch.setattr(reference, "LOGITS_PER_CHUNK", 50)
+    monkeypatch.setattr(reference, "LEAST_ROWS", least)
     largest = 0
     product = torch.Tensor.__matmul__
 
     def watched(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         nonlocal largest
         result = product(a, b)
-        if result.shape[1] == 20:  # a table of 20 rows: logits; its gradient has 16 columns
+        if a.shape[1] == 16:  # features: logits
             largest = max(largest, result.numel())
         return result
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s3rec_dist.data.reconstruct import attribute_negatives, in_batch_negatives, shared_negatives
+from s3rec_dist.data.reconstruct import Popularity, attribute_negatives, in_batch_negatives, shared_negatives
 from s3rec_dist.kernels.attribute_loss import attribute_loss
 from s3rec_dist.model import objectives
 from s3rec_dist.model.objectives import (
@@ -256,9 +256,10 @@ def test_every_item_drawn_as_often_as_expected_gives_the_exact_softmax() -> None
 def test_the_sum_over_the_other_items_is_estimated_without_bias(shares: torch.Tensor | None) -> None:
     """exp(loss) of one position is linear in it; an item that is never drawn has no part."""
     hidden, table, targets = normal(1, 8, seed=1), normal(5, 8, seed=2), torch.tensor([3])
+    popularity = None if shares is None else Popularity.of(shares)
     estimates = []
     for key in range(4000):
-        shared = shared_negatives(8, 5, key, shares, "cpu")
+        shared = shared_negatives(8, 5, key, popularity, "cpu")
         estimates.append(sampled(hidden, table, targets, shared.items - 1, shared.log_expected).exp())
     scores = hidden @ table.T - hidden @ table[targets].T
     if shares is not None:
@@ -270,7 +271,7 @@ def test_the_sum_over_the_other_items_is_estimated_without_bias(shares: torch.Te
 
 def test_items_are_drawn_as_often_as_they_are_to_be_and_alike_for_a_key() -> None:
     shares = torch.tensor([0.5, 0.0, 0.125, 0.375], dtype=torch.float64)
-    drawn = shared_negatives(80_000, 4, 7, shares, "cpu")
+    drawn = shared_negatives(80_000, 4, 7, Popularity.of(shares), "cpu")
     frequency = drawn.items.bincount(minlength=5)[1:] / 80_000
     assert torch.allclose(frequency.double(), shares, atol=0.01) and frequency[1] == 0
     assert torch.allclose(drawn.log_expected.exp(), 80_000 * shares[drawn.items - 1].float())
