@@ -12,8 +12,8 @@
 
 Both may be URLs. A folder appears only when it is whole, by a rename; on other storage by config.json, which comes
 last. Writing one takes the memory of a shard and the small weights, also where item rows come from a sharded table's
-checkpoint; only for a dataset that has grown since are all weights in memory. Other storage's files are copied to
-``storage.scratch_dir`` first. Other programs' files are ``s3rec_dist/interchange/``.
+checkpoint. Other storage's files are copied to ``storage.scratch_dir`` first. Other programs' files are
+``s3rec_dist/interchange/``.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import DamagedFile, Storage
 from s3rec_dist.tables import ShardedTable, TableSpec
 from s3rec_dist.training.checkpoint import (
-    Growth,
     catalogue_of,
     check_shapes,
     describe,
-    fit_to_dataset,
+    first_rows,
     fit_weights,
     growth_since,
     load_weights,
     open_weights,
+    with_growth,
 )
 from s3rec_dist.training.weights import (
     INDEX,
@@ -95,7 +95,7 @@ def load_export(folder: str, storage: Storage | None = None) -> S3Rec:
     Raises :class:`ExportError` for another kind of folder, and CheckpointError or DatasetError for a damaged file.
     """
     weights, metadata = load_weights(folder, storage)
-    return _model(weights, metadata, open_catalogue(folder, metadata, storage))[0].folded()
+    return _model(weights, metadata, open_catalogue(folder, metadata, storage)).folded()
 
 
 def load_model(path: str, dataset: Dataset, cut_on: torch.device | None = None, tell: Progress = _nobody) -> S3Rec:
@@ -120,17 +120,17 @@ def open_model(
     def cut(metadata: Mapping[str, Any]) -> Mapping[str, ShardedTable]:
         if cut_on is None or "config" not in metadata:
             return tables
-        model = from_dict(metadata["config"], path).model
-        if model.item_table == "sharded" and dist.is_initialized() and dist.get_world_size() > 1:
-            known = metadata.get("tables", {}).get("items", {})
-            first = {name: known[name] for name in ("seed", "initial_std") if name in known}
-            spec = TableSpec(rows=dataset.n_items + 1, features=model.hidden_size, optimizer="sgd", **first)
+        config = from_dict(metadata["config"], path)
+        if config.model.item_table == "sharded" and dist.is_initialized() and dist.get_world_size() > 1:
+            first = first_rows(config, "items")
+            rows, features = dataset.n_items + 1, config.model.hidden_size
+            spec = TableSpec(rows=rows, features=features, optimizer="sgd", **first)
             tables["items"] = ShardedTable.among_ranks(spec, device=cut_on)
         return tables
 
-    weights, metadata = load_weights(path, dataset.storage, cut)
-    model, growth = _model(weights, metadata, dataset, item_table="sharded" if tables else "dense")
-    _tell_of(growth, path, dataset, tell)
+    loaded, metadata = load_weights(path, dataset.storage, cut)
+    weights = _for_dataset({name: InMemory(tensor) for name, tensor in loaded.items()}, metadata, path, dataset, tell)
+    model = _model(_whole(weights), metadata, dataset, item_table="sharded" if tables else "dense")
     if not tables:
         return model.folded(), metadata
     model.item_rows = tables["items"]
@@ -181,12 +181,20 @@ def open_catalogue(
     return catalogue
 
 
-def _tell_of(growth: Growth, path: str, dataset: Dataset, tell: Progress) -> None:
-    if growth:
-        tell(
-            f"{path}: {dataset.path} has {growth.items:,} items and {growth.attributes:,} attributes more than the "
-            "model was trained on"
-        )
+def _for_dataset(weights: Weights, metadata: Mapping[str, Any], path: str, dataset: Dataset, tell: Progress) -> Weights:
+    """Weights for all that ``dataset`` has. Raises CheckpointError where it has other ids."""
+    growth = growth_since(metadata, dataset)
+    if not growth:
+        return weights
+    tell(
+        f"{path}: {dataset.path} has {growth.items:,} items and {growth.attributes:,} attributes more than the "
+        "model was trained on"
+    )
+    return with_growth(weights, growth, _config_of(metadata))
+
+
+def _whole(weights: Weights) -> dict[str, torch.Tensor]:
+    return {name: tensor.rows(0, tensor.shape[0]) for name, tensor in weights.items()}
 
 
 def _model(
@@ -194,14 +202,10 @@ def _model(
     metadata: Mapping[str, Any],
     catalogue: Dataset | None,
     item_table: Literal["dense", "sharded"] = "dense",
-) -> tuple[S3Rec, Growth]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_config_of(metadata).seed)  # for items that are new
-        model = _new_model(metadata, catalogue, item_table)
-    if catalogue is not None:
-        return model, fit_to_dataset(model, weights, metadata, catalogue)
+) -> S3Rec:
+    model = _new_model(metadata, catalogue, item_table)
     fit_weights(model, weights, metadata["path"])
-    return model, Growth()
+    return model
 
 
 def _new_model(
@@ -243,20 +247,9 @@ def verify_export(folder: str, storage: Storage | None = None) -> None:
 
 @contextlib.contextmanager
 def _opened(path: str, dataset: Dataset, tell: Progress) -> Iterator[tuple[Weights, dict[str, Any]]]:
-    """The weights of a model for ``dataset``, which are read when they are asked for; where that has grown since, they
-    are in memory. Raises as :func:`load_model`."""
+    """The weights of a model for ``dataset``, which are read when they are asked for. Raises as :func:`load_model`."""
     with open_weights(path, dataset.storage) as (weights, metadata):
-        growth = growth_since(metadata, dataset)
-        if growth:
-            _tell_of(growth, path, dataset, tell)
-            whole = {name: tensor.rows(0, tensor.shape[0]) for name, tensor in weights.items()}
-            yield _in_memory(_model(whole, metadata, dataset)[0]), metadata
-        else:
-            yield _fitting(weights, metadata, dataset), metadata
-
-
-def _in_memory(model: S3Rec) -> Weights:
-    return {name: InMemory(tensor) for name, tensor in model.state_dict().items()}
+        yield _fitting(_for_dataset(weights, metadata, path, dataset, tell), metadata, dataset), metadata
 
 
 @contextlib.contextmanager
@@ -265,7 +258,7 @@ def streamed_model(path: str, dataset: Dataset, tell: Progress = _nobody) -> Ite
     ``item_rows`` are :class:`StoredRows`."""
     with _opened(path, dataset, tell) as (weights, metadata):
         model = _new_model(metadata, dataset, "sharded")
-        model.load_state_dict({name: weights[name].rows(0, weights[name].shape[0]) for name in model.state_dict()})
+        model.load_state_dict(_whole({name: weights[name] for name in model.state_dict()}))
         model.item_rows = StoredRows(weights[TENSORS["items"]])
         yield model
 
@@ -317,7 +310,8 @@ def write_model(
     """
     facts = {"n_items": model.n_items, "n_attributes": model.n_attributes, **facts}
     storage = storage or (dataset.storage if dataset else Storage())
-    _write(_in_memory(model), output, facts, config, dataset, storage, overwrite, max_shard_bytes)
+    weights = {name: InMemory(tensor) for name, tensor in model.state_dict().items()}
+    _write(weights, output, facts, config, dataset, storage, overwrite, max_shard_bytes)
 
 
 def _write(

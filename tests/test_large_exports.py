@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_models import assert_same_weights, six_items, small_model, write_run
 
 from s3rec_dist import __main__ as cli
-from s3rec_dist.config import Config
+from s3rec_dist.config import Config, ModelConfig
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.export import (
     MODEL_FILES,
@@ -32,7 +32,7 @@ from s3rec_dist.export import (
 from s3rec_dist.model import S3Rec
 from s3rec_dist.tables import ShardedTable, TableSpec
 from s3rec_dist.training import weights as module
-from s3rec_dist.training.checkpoint import CheckpointError, describe, load_weights
+from s3rec_dist.training.checkpoint import CheckpointError, Growth, describe, load_weights, with_growth
 from s3rec_dist.training.weights import InMemory, StoredRows, TableRows, in_file, in_shards, write_weights
 
 ROWS = "item_embedding.weight"
@@ -273,6 +273,30 @@ def test_single_rows_are_read_wherever_they_lie(table: tuple[TableRows, torch.Te
         for ids in ([0, 5, 2999], [ITEMS + 1], [], [1, 2, 3]):
             assert torch.equal(each.gather(torch.tensor(ids, dtype=torch.int64)), whole[ids])
         assert torch.equal(StoredRows(each).fetch(torch.tensor([7, 0, 3])), whole[[7, ITEMS + 1, 3]])
+
+
+def test_rows_of_new_items_and_attributes_are_those_of_a_new_table_and_the_mask_tokens_stays_last(
+    table: tuple[TableRows, torch.Tensor], tmp_path: Path
+) -> None:
+    stored, whole = table
+    config = Config(seed=5, model=ModelConfig(hidden_size=FEATURES))
+    attributes = torch.ones(4, FEATURES)
+    grown = with_growth(
+        {ROWS: stored, "attribute_embedding.weight": InMemory(attributes), "a": InMemory(torch.ones(3))},
+        Growth(items=50, attributes=2),
+        config,
+    )
+    names = write_weights(grown, tmp_path, 1 << 14)
+    found = in_shards(str(tmp_path / names[-1]), lambda name: str(tmp_path / name))
+    rows = found[ROWS].rows(0, ITEMS + 52)
+    assert torch.equal(rows[: ITEMS + 1], whole[:-1]) and torch.equal(rows[-1], whole[-1])
+    spec = TableSpec(rows=ITEMS + 51, features=FEATURES, seed=5, initial_std=config.model.initializer_range)
+    ids = torch.arange(ITEMS + 1, ITEMS + 51)
+    assert torch.equal(rows[ids], ShardedTable(spec).peek(ids)) and rows[ids].std() > 0.01
+    some = torch.tensor([3, ITEMS, ITEMS + 1, ITEMS + 51])
+    assert torch.equal(grown[ROWS].gather(some), rows[some])
+    made = found["attribute_embedding.weight"].rows(0, 6)
+    assert torch.equal(made[:4], attributes) and made[4:].abs().max() < 0.2 and made[4:].all()
 
 
 def test_a_model_written_from_memory_is_cut_too(dataset: Dataset, tmp_path: Path) -> None:

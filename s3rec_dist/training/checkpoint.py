@@ -34,8 +34,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from s3rec_dist.config import Config
 from s3rec_dist.data.dataset import Dataset
 from s3rec_dist.data.formats import sha256_of, sync_file
+from s3rec_dist.hashing import key_of
 from s3rec_dist.model.items import MASK_ROW
 from s3rec_dist.storage import DamagedFile, Storage, in_parallel
 from s3rec_dist.tables import ShardedTable, TableSpec
@@ -56,7 +58,10 @@ from s3rec_dist.training.weights import (
     ROWS_READ,
     TENSORS,
     WEIGHTS,
+    FirstRows,
+    Joined,
     ShardsError,
+    Slice,
     StoredTensor,
     TableRows,
     Weights,
@@ -675,6 +680,28 @@ def growth_since(metadata: Mapping[str, Any], dataset: Dataset) -> Growth:
             "trained on this one"
         )
     return growth
+
+
+def with_growth(weights: Weights, growth: Growth, config: Config) -> Weights:
+    """``weights``, and where a dataset has grown the rows with which sharded tables would begin what is new."""
+    grown = dict(weights)
+    for kind, more in (("items", growth.items), ("attributes", growth.attributes)):
+        name = TENSORS[kind]
+        if more and name in weights:
+            old = weights[name]
+            last = old.shape[0]
+            kept = last - (kind == "items")  # the mask token's row stays the last
+            spec = TableSpec(rows=kept + more, features=config.model.hidden_size, **first_rows(config, kind))
+            grown[name] = Joined([Slice(old, 0, kept), FirstRows(spec, kept, kept + more), Slice(old, kept, last)])
+    return grown
+
+
+def first_rows(config: Config, kind: str) -> dict[str, Any]:
+    """What of a table's specification its first rows follow from; ``kind`` is items or attributes."""
+    if kind == "attributes":
+        return {"seed": key_of(config.seed, 1), "initial_std": config.model.initializer_range}
+    std = 0.0 if config.model.item_features == "add" else config.model.initializer_range
+    return {"seed": config.seed, "initial_std": std}
 
 
 def fit_to_dataset(

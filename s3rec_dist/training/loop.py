@@ -320,15 +320,14 @@ class Task:
 
 def item_table(config: Config, stage: StageConfig, n_items: int, device: torch.device) -> ShardedTable:
     """This rank's part of a sharded item table, whose rows are new."""
-    std = 0.0 if config.model.item_features == "add" else config.model.initializer_range
-    own = {"rows": n_items + 1, "seed": config.seed, "initial_std": std, "capacity": config.model.item_capacity}
-    return _table(config, stage, device, **own)
+    own = {"rows": n_items + 1, "capacity": config.model.item_capacity}
+    return _table(config, stage, device, **own, **checkpoint.first_rows(config, "items"))
 
 
 def attribute_table(config: Config, stage: StageConfig, n_attributes: int, device: torch.device) -> ShardedTable:
     """This rank's part of a sharded attribute table, whose rows are new."""
-    own = {"rows": n_attributes + 1, "seed": key_of(config.seed, 1), "initial_std": config.model.initializer_range}
-    return _table(config, stage, device, **own)
+    first = checkpoint.first_rows(config, "attributes")
+    return _table(config, stage, device, rows=n_attributes + 1, **first)
 
 
 def _table(config: Config, stage: StageConfig, device: torch.device, **own: Any) -> ShardedTable:

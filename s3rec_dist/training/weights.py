@@ -125,6 +125,47 @@ class Joined:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """Rows ``begin`` to ``end`` of a tensor."""
+
+    stored: StoredTensor
+    begin: int
+    end: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.end - self.begin, *self.stored.shape[1:])
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        return self.stored.rows(self.begin + begin, self.begin + end)
+
+    def gather(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.stored.gather(ids + self.begin)
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """Rows ``begin`` to ``end`` of a sharded table, as they are at first."""
+
+    spec: TableSpec
+    begin: int
+    end: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.end - self.begin, self.spec.features)
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        return self.gather(torch.arange(begin, end))
+
+    def gather(self, ids: torch.Tensor) -> torch.Tensor:
+        result = torch.empty(len(ids), self.spec.features)
+        for values, own in zip(result.split(ROWS_READ), ids.split(ROWS_READ), strict=True):
+            values.copy_(initial_rows(self.spec, own + self.begin))
+        return result
+
+
+@dataclass(frozen=True)
 class TableRows:
     """A model's own tensor made of a sharded table's rows, which a checkpoint's files have in any order: each reading
     goes through all of them. Rows that were never allotted are as they would be at first."""
