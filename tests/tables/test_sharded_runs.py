@@ -21,8 +21,8 @@ from runs import curve, died_run, events, make_config, make_dataset, run
 from s3rec_dist.__main__ import main
 from s3rec_dist.config import Config, EvaluationConfig, to_dict
 from s3rec_dist.data.dataset import Dataset
-from s3rec_dist.evaluation import evaluate
-from s3rec_dist.export import export, load_model
+from s3rec_dist.evaluation import evaluate, item_vectors_in_parts
+from s3rec_dist.export import export, load_model, streamed_model
 from s3rec_dist.training import checkpoint
 from s3rec_dist.training.engine import World
 from s3rec_dist.training.loop import Task
@@ -122,6 +122,19 @@ def test_what_reads_checkpoints_gets_a_model_with_all_items(dataset: Path, alone
     export(str(alone / "finetune"), opened, str(tmp_path / "model"))
     exported = load_model(str(tmp_path / "model"), opened)
     assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), model.parameters(), strict=True))
+
+    export(str(alone / "finetune"), opened, str(tmp_path / "cut"), max_shard_bytes=1000)
+    assert len(list((tmp_path / "cut").glob("model-*.safetensors"))) > 3
+    cut = load_model(str(tmp_path / "cut"), opened)
+    assert all(torch.equal(a, b) for a, b in zip(cut.parameters(), model.parameters(), strict=True))
+    with streamed_model(str(alone / "finetune"), opened) as streamed:
+        vectors = torch.cat(list(item_vectors_in_parts(streamed, opened.n_items, "the dataset")))
+        assert torch.equal(vectors, model.item_embedding.weight[1:-1])
+        items, offsets = torch.arange(1, 4, dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                streamed.eval().encode_last(items, offsets, 3), model.encode_last(items, offsets, 3)
+            )
 
     dense = make_config(dataset, tmp_path, finetune__epochs=1, finetune__pretrained=str(alone / "finetune"))
     run("finetune", dense)
