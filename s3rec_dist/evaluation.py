@@ -638,7 +638,7 @@ def run(args: argparse.Namespace) -> None:
         with together():
             tell = partial(print, file=sys.stderr) if is_first else lambda _: None
             model, metadata = open_model(path, dataset, device, tell)
-            kinds = _warm_and_cold(metadata, dataset) if args.cold else {}
+            kinds = warm_and_cold(metadata, dataset) if args.cold else {}
         begin = time.perf_counter()
         found = evaluate_apart(model.to(device).eval(), dataset, config, args.split, device, kinds)
         seconds = time.perf_counter() - begin
@@ -654,7 +654,7 @@ def run(args: argparse.Namespace) -> None:
             dataset.storage.write(args.json, (json.dumps({"results": entries}, indent=1) + "\n").encode())
 
 
-def _warm_and_cold(metadata: Mapping[str, Any], dataset: Dataset) -> dict[str, np.ndarray]:
+def warm_and_cold(metadata: Mapping[str, Any], dataset: Dataset) -> dict[str, np.ndarray]:
     """Items by kind, for the model of these ``metadata``."""
     from s3rec_dist.export import trained_on
 

@@ -12,6 +12,7 @@
     s3rec bench serve --dataset data/beauty           # the HTTP service under load, beside the bare model
     s3rec bench checkpoint --dataset data/beauty      # what a save costs training, waited for and in the background
     s3rec bench catalogue                             # a step over 100 k, 1 M, 10 M items, on two ranks
+    s3rec bench cold --dataset data/lastfm finetune.loss=ce   # HR@10 on items never trained on, by attributes
     s3rec bench faults                                # a run that is killed 100 times, and 300 damaged checkpoints
 
 Weights are random, the work is real: the dataset is streamed, samples are reconstructed, the engine steps. Each
@@ -140,7 +141,8 @@ def run(args: argparse.Namespace) -> None:
         raise BenchError(f"--steps {args.steps} --repetitions {args.repetitions}: expected 1 or more of each")
     if args.dataset is None and args.name not in WITHOUT_DATASET:
         raise BenchError(f"bench {args.name} measures on a dataset; name one with --dataset")
-    config = load_config(args.config, [f"data.path={args.dataset or ''}", *args.overrides])
+    given = ["finetune.pretrained=none"] * (args.name == "cold") + args.overrides
+    config = load_config(args.config, [f"data.path={args.dataset or ''}", *given])
     if args.name == "reconstruct" and not config.engine.threads:
         config = replace(config, engine=replace(config.engine, threads=1))
     world = start(config.engine)
@@ -153,17 +155,18 @@ def run(args: argparse.Namespace) -> None:
         "torch": torch.__version__,
     }
     memory = round(peak_memory_mb())
-    rows = [["", "median", "slowest", "fastest"]]
+    columns = 3 if any(len(values) > 1 for values in figures.values()) else 1
+    rows = [["", *("median", "slowest", "fastest")[:columns]]]
     for title, values in figures.items():
         slowest, fastest = (min(values), max(values))[:: 1 if title.endswith("/s") else -1]
-        rows.append([title, *map(_shown, (statistics.median(values), slowest, fastest))])
+        rows.append([title, *map(_shown, (statistics.median(values), slowest, fastest)[:columns])])
     width = max(len(row[0]) for row in rows)
     print(f"{args.name} on {name}: {', '.join(f'{k} {v}' for k, v in machine.items())}")
     for title, *shown in rows:
         print("  ".join([title.ljust(width), *(value.rjust(10) for value in shown)]))
     print(f"peak memory of the process: {memory:,} MiB")
     medians = {
-        title.replace("/s", "_per_s").replace(" ", "_"): round(statistics.median(values), 3)
+        title.replace("/s", "_per_s").replace(" ", "_"): round(statistics.median(values), 6)
         for title, values in figures.items()
     }
     print(json.dumps({"bench": args.name, "dataset": name, **machine, **medians, "memory_mb": memory}))
@@ -415,6 +418,13 @@ def _catalogue(config: Config, dataset: Dataset | None, world: World, args: argp
     )
 
 
+def _cold(config: Config, dataset: Dataset, world: World, args: argparse.Namespace) -> Figures:
+    """Warm and cold items ranked by models without and with attributes."""
+    from s3rec_dist.bench.cold import bench_cold
+
+    return bench_cold(config, dataset, world, progress=lambda line: print(line, file=sys.stderr, flush=True))
+
+
 WITHOUT_DATASET = ("resume", "prepare", "kernels", "step", "faults", "scaling", "catalogue")
 
 
@@ -439,6 +449,7 @@ BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "faults": _faults,
     "scaling": _scaling,
     "catalogue": _catalogue,
+    "cold": _cold,
     "serve": _serve,
 }
 
