@@ -605,6 +605,10 @@ class Dataset:
             total += len(piece)
         return np.concatenate([np.empty(0, np.int32), *pieces])[:limit]
 
+    def release_catalogue(self) -> None:
+        """Lets go of the memory of the item catalogue, which is read again when it is asked for."""
+        vars(self).pop("_items", None)
+
     @cached_property
     def _items(self) -> pa.Table:
         return self._read_catalogue("items.parquet", ITEMS_SCHEMA, self.n_items)

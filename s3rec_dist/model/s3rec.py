@@ -104,7 +104,7 @@ class S3Rec(nn.Module):
         if attributes is None:
             offsets, values = torch.zeros(1, dtype=torch.int64).expand(n_items + 3), torch.zeros(0, dtype=torch.int64)
         else:
-            offsets, values = torch.tensor(attributes.offsets), torch.tensor(attributes.values, dtype=torch.int64)
+            offsets, values = torch.tensor(attributes.offsets), torch.tensor(attributes.values)
         self.register_buffer("attribute_offsets", offsets, persistent=False)
         self.register_buffer("attribute_values", values, persistent=False)
         self.register_buffer("is_cold", None, persistent=False)

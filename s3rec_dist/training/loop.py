@@ -373,6 +373,7 @@ def _run(config: Config, name: StageName, resume: bool, preemption: Preemption, 
             mix = [(other, entry.weight) for other, entry in zip(others, config.data.mix, strict=True)]
             task = Task(config, name, dataset, world.device, mix)
             model = task.model()
+            dataset.release_catalogue()
         with RunFolder(os.path.join(config.output, name), storage, world) as folder:
             _train(task, model, world, folder, resume, preemption, watchdog, profile)
     return folder.url
