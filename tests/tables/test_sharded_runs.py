@@ -144,14 +144,15 @@ def test_what_reads_checkpoints_gets_a_model_with_all_items(dataset: Path, alone
     assert b == pytest.approx(a, rel=1e-6)  # the first step, before any optimizer
 
 
-@pytest.mark.parametrize("protocol", ["full", "sampled"])
+@pytest.mark.parametrize(("protocol", "ranks"), [("full", 3), ("sampled", 2)])
 def test_processes_that_each_hold_a_part_rank_as_one_that_holds_all(
-    protocol: str, launch: Launch, dataset: Path, alone: Path, tmp_path: Path
+    protocol: str, ranks: int, launch: Launch, dataset: Path, alone: Path, tmp_path: Path
 ) -> None:
     opened, model = Dataset.open(str(dataset)), str(alone / "finetune")
     arguments = ["--dataset", str(dataset), "--protocol", protocol, "--negatives", "20", "--cutoffs", "1", "5"]
     found = tmp_path / "found.json"
-    launch(3, ["-m", "s3rec_dist", "evaluate", "--model", model, *arguments, "--item-chunk", "7", "--json", str(found)])
+    chosen = ["--model", model, *arguments, "--item-chunk", "7", "--json", str(found)]
+    launch(ranks, ["-m", "s3rec_dist", "evaluate", *chosen])
     config = EvaluationConfig(protocol=protocol, negatives=20, cutoffs=(1, 5))  # type: ignore[arg-type]
     expected = evaluate(load_model(model, opened).eval(), opened, config, "test", "cpu")
     result = json.loads(found.read_text())["results"][0]
@@ -189,11 +190,11 @@ def test_attributes_may_be_cut_over_the_ranks_too(
     changes: dict[str, Any], launch: Launch, dataset: Path, tmp_path: Path
 ) -> None:
     both = {**changes, "pretrain__epochs": 1, "finetune__epochs": 1}
-    for ranks in (1, 2):
-        output = tmp_path / str(ranks)
-        found = jobs(launch, ranks, output, both_stages(dataset, output, **both))
-        assert all(not any(raised) for raised in found.values()), found
-    one, two = (tmp_path / name for name in ("1", "2"))
+    one, two = (tmp_path / name for name in ("one", "two"))
+    found = jobs(launch, 2, two, both_stages(dataset, two, **both))
+    assert all(not any(raised) for raised in found.values()), found
+    for stage in ("pretrain", "finetune"):
+        run(stage, make_config(dataset, one, finetune__pretrained="auto", **{**SHARDED, **both}))
     for stage, name in [("pretrain", "train/loss"), ("finetune", "train/loss"), ("finetune", "validation/MRR")]:
         assert curve(two / stage, name) == pytest.approx(curve(one / stage, name), rel=1e-5)
     opened = Dataset.open(str(dataset))
@@ -225,19 +226,24 @@ FIFTY = {"finetune__epochs": 5, "finetune__item_learning_rate": 0.05}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
 def test_fifty_steps_are_those_of_a_dense_table(
-    optimizer: str, ranks: int, launch: Launch, dataset: Path, pretrained: Path, tmp_path: Path
+    ranks: int, launch: Launch, dataset: Path, pretrained: Path, tmp_path: Path
 ) -> None:
-    start = {"finetune__pretrained": str(pretrained), "finetune__item_optimizer": optimizer, **FIFTY}
-    assert jobs(launch, ranks, tmp_path, {"a": job(dataset, tmp_path, "finetune", **start)}) == {"a": [""] * ranks}
-    losses, rows = dense_oracle(make_config(dataset, tmp_path, **start), str(pretrained), optimizer)
-    found = curve(tmp_path / "finetune")
-    assert len(losses) == 50 and [found[i + 1] for i in range(50)] == pytest.approx(losses, rel=1e-5)
-    newest = checkpoint.newest(tmp_path / "finetune" / "checkpoints")
-    assert newest is not None
-    own = checkpoint.load_weights(str(newest.folder))[0][ROWS]
-    assert (own - rows)[1:].norm() < 1e-5 * rows.norm()
+    starts = {
+        optimizer: {"finetune__pretrained": str(pretrained), "finetune__item_optimizer": optimizer, **FIFTY}
+        for optimizer in ("sgd", "adagrad")
+    }
+    wanted = {name: job(dataset, tmp_path / name, "finetune", **start) for name, start in starts.items()}
+    assert jobs(launch, ranks, tmp_path, wanted) == {name: [""] * ranks for name in starts}
+    for optimizer, start in starts.items():
+        folder = tmp_path / optimizer / "finetune"
+        losses, rows = dense_oracle(make_config(dataset, tmp_path, **start), str(pretrained), optimizer)
+        found = curve(folder)
+        assert len(losses) == 50 and [found[i + 1] for i in range(50)] == pytest.approx(losses, rel=1e-5)
+        newest = checkpoint.newest(folder / "checkpoints")
+        assert newest is not None
+        own = checkpoint.load_weights(str(newest.folder))[0][ROWS]
+        assert (own - rows)[1:].norm() < 1e-5 * rows.norm()
 
 
 def dense_oracle(config: Config, pretrained: str, optimizer: str) -> tuple[list[float], torch.Tensor]:
