@@ -419,9 +419,6 @@ def test_what_cannot_be_done_is_an_error_with_the_remedy(
         assert s3rec(*arguments) == 2
         assert message in capsys.readouterr().err
     assert s3rec(bare, "--histories", path, "--dataset", dataset.path, "--output", output) == 0
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert s3rec(folder, "--histories", path, "--output", output) == 2
-    assert "recommend runs as one process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "x", "1.5"])

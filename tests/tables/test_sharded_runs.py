@@ -222,6 +222,14 @@ def pretrained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run("pretrain", make_config(dataset, output, pretrain__epochs=1))
 
 
+def test_processes_that_would_all_hold_all_items_do_not_recommend(
+    launch: Launch, dataset: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    command = ["-m", "s3rec_dist", "recommend", str(pretrained), "--dataset", str(dataset), "--output", "out.parquet"]
+    lines = launch(2, command, expect=2)
+    assert "was not trained over a sharded item table, so recommend runs as one process" in lines[0]
+
+
 FIFTY = {"finetune__epochs": 5, "finetune__item_learning_rate": 0.05}
 
 
