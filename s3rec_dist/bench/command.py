@@ -13,6 +13,7 @@
     s3rec bench checkpoint --dataset data/beauty      # what a save costs training, waited for and in the background
     s3rec bench catalogue                             # a step over 100 k, 1 M, 10 M items, on two ranks
     s3rec bench cold --dataset data/lastfm finetune.loss=ce   # HR@10 on items never trained on, by attributes
+    s3rec bench softmax --targets 2048                # the exact softmax over 12,101, 131,072 and 1 M items: s, memory
     s3rec bench faults                                # a run that is killed 100 times, and 300 damaged checkpoints
 
 Weights are random, the work is real: the dataset is streamed, samples are reconstructed, the engine steps. Each
@@ -62,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset",
         metavar="DIR",
-        help="dataset that 's3rec prepare' wrote; resume, prepare, kernels, step, faults, scaling and catalogue need "
-        "none",
+        help="dataset that 's3rec prepare' wrote; resume, prepare, kernels, step, faults, scaling, catalogue and "
+        "softmax need none",
     )
     parser.add_argument("--config", metavar="FILE", help="settings of model and stage (default: the paper's)")
     parser.add_argument(
@@ -117,9 +118,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--items",
         type=int,
         nargs="+",
-        default=[100_000, 1_000_000, 10_000_000],
         metavar="N",
-        help="catalogue: sizes of the item table (default: 100000 1000000 10000000)",
+        help="catalogue, softmax: numbers of items (default: 100000 1000000 10000000; 12101 131072 1000000)",
+    )
+    parser.add_argument(
+        "--targets", type=int, default=2048, metavar="N", help="softmax: places that are predicted (default: 2048)"
     )
     parser.add_argument(
         "--output", metavar="DIR", help="scaling: also write scaling.md, .json, and .png where matplotlib is installed"
@@ -410,7 +413,7 @@ def _catalogue(config: Config, dataset: Dataset | None, world: World, args: argp
 
     return bench_catalogue(
         config,
-        args.items,
+        args.items or [100_000, 1_000_000, 10_000_000],
         args.ranks[0],
         steps=args.steps,
         repetitions=args.repetitions,
@@ -425,7 +428,20 @@ def _cold(config: Config, dataset: Dataset, world: World, args: argparse.Namespa
     return bench_cold(config, dataset, world, progress=lambda line: print(line, file=sys.stderr, flush=True))
 
 
-WITHOUT_DATASET = ("resume", "prepare", "kernels", "step", "faults", "scaling", "catalogue")
+def _softmax(config: Config, dataset: Dataset | None, world: World, args: argparse.Namespace) -> Figures:
+    """The exact softmax loss over catalogues of several sizes, on one core."""
+    from s3rec_dist.bench.softmax import bench_softmax
+
+    return bench_softmax(
+        args.items or [12_101, 131_072, 1_000_000],
+        args.targets,
+        config.model.hidden_size,
+        repetitions=args.repetitions,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+
+
+WITHOUT_DATASET = ("resume", "prepare", "kernels", "step", "faults", "scaling", "catalogue", "softmax")
 
 
 def _serve(config: Config, dataset: Dataset, world: World, args: argparse.Namespace) -> Figures:
@@ -449,6 +465,7 @@ BENCHMARKS: dict[str, Callable[..., Figures]] = {
     "faults": _faults,
     "scaling": _scaling,
     "catalogue": _catalogue,
+    "softmax": _softmax,
     "cold": _cold,
     "serve": _serve,
 }

@@ -70,6 +70,15 @@ def test_steps_are_measured_by_the_size_of_the_catalogue(capsys: pytest.CaptureF
     assert result[f"{name}:_table_MiB_a_rank"] * 2**20 == pytest.approx(2001 / 2 * (3 * 32 + 8 + 4), rel=0.01)
 
 
+def test_the_exact_softmax_takes_little_beside_what_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--items", "70000", "--targets", "600", "--repetitions", "1", "model.hidden_size=16"]
+    assert main(["bench", "softmax", *arguments, "engine.device=cpu"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    name = "600_targets_x_70,000_items_x_16"
+    assert result[f"{name}:_s"] > 0 and result[f"{name}:_relative_error_of_a_sample"] < 1e-5
+    assert result[f"{name}:_workspace_MiB"] < 100  # all logits at once would be 160
+
+
 def test_a_benchmark_on_a_dataset_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "stream"]) == 2
     assert "name one with --dataset" in capsys.readouterr().err
