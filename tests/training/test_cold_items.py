@@ -197,7 +197,7 @@ class Shop:
 
 
 def shop_config(shop: Shop, output: Path, features: str, **changes: Any) -> Config:
-    training = {"epochs": 20, "batch_size": 32, "learning_rate": 5e-3, "loss": "ce", "metric": "MRR"}
+    training = {"epochs": 20, "batch_size": 32, "learning_rate": 5e-3, "loss": "ce", "validate_every_epochs": 20}
     changes = {f"finetune__{name}": value for name, value in training.items()} | changes
     model = {"model__item_features": features, "model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
     return make_config(Path(shop.data), output, **{**model, **changes})
