@@ -708,7 +708,7 @@ class _Training:
         rank the same users, together."""
         hook = block.register_forward_pre_hook(lambda *_: self.watchdog.working("validating"))
         try:
-            with self.preemption.cutting_short(block, self.world if self.task.tables else None):
+            with self.preemption.cutting_short(block, self.world if "items" in self.task.tables else None):
                 yield
         finally:
             hook.remove()
