@@ -17,8 +17,8 @@
     s3rec bench faults                                # a run that is killed 100 times, and 300 damaged checkpoints
 
 Weights are random, the work is real: the dataset is streamed, samples are reconstructed, the engine steps. Each
-figure is the median of several repetitions, with the slowest and the fastest beside it. The last line printed is
-one JSON object.
+figure is the median of several repetitions, with the slowest and the fastest beside it; ``faults`` and ``cold``, which
+tell what a run does and not how fast, do it once. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
