@@ -167,6 +167,8 @@ def evaluate_apart(
                 own += F.pad(metric_sums(part, cutoffs), (0, 1), value=len(part))
     if world_size > 1 and not is_cut:
         dist.all_reduce(sums)
+    elif world_size > 1:
+        dist.broadcast(sums, 0)  # what follows from them is the same on all ranks, whatever rounding differs
     users = sums[:, -1].long().tolist()  # all but those of damaged shards that were left out
     if not users[0]:
         raise EvaluationError(f"{dataset.path}: all its users lie in damaged shards; restore them")
@@ -269,6 +271,9 @@ def scored_items(model: S3Rec, n_items: int, source: str) -> Scored:
     if not isinstance(table, ShardedTable):
         return WholeItems(item_vectors(model, n_items, source))
     _check_size(model, n_items, source)
+    held = table.tensors()
+    for ids, rows in zip(held["ids"].split(ROWS_READ), held["rows"].split(ROWS_READ), strict=True):
+        _check_finite(rows, ids)
     return ItemShard(table, model.with_features)
 
 
@@ -276,7 +281,7 @@ def item_vectors(model: S3Rec, n_items: int, source: str) -> torch.Tensor:
     """Item vectors, fp32 [N, E]; row i is item i + 1. ``source`` names what has ``n_items`` items."""
     _check_size(model, n_items, source)
     items = model.catalogue_vectors.detach()[1 : n_items + 1].float()
-    _check_finite(items, 1)
+    _check_finite(items, range(1, n_items + 1))
     return items
 
 
@@ -291,15 +296,15 @@ def item_vectors_in_parts(model: S3Rec, n_items: int, source: str) -> Iterator[t
         for at, part in enumerate(rows.split(ROWS_READ)):
             first = begin + at * ROWS_READ
             vectors = model.with_features(torch.arange(first, first + len(part)), part).detach()
-            _check_finite(vectors, first)
+            _check_finite(vectors, range(first, first + len(part)))
             yield vectors
 
 
-def _check_finite(vectors: torch.Tensor, first: int) -> None:
-    """Raises :class:`EvaluationError` naming an item whose vector is not finite; ``first`` is row 0's."""
+def _check_finite(vectors: torch.Tensor, items: Sequence[int] | torch.Tensor) -> None:
+    """Raises :class:`EvaluationError` naming one of ``items`` whose vector is not finite."""
     finite = torch.isfinite(vectors).all(1)
     if not finite.all():
-        bad = int(finite.int().argmin()) + first
+        bad = int(items[int(finite.int().argmin())])
         raise EvaluationError(f"item {bad}: its embedding is not finite; the model's training has diverged")
 
 

@@ -312,7 +312,8 @@ def recommend(
     writer = _whole_table(output, catalogue.storage) if is_first else contextlib.nullcontext(lambda table: None)
     with torch.no_grad(), writer as write:
         is_cut = isinstance(model.item_rows, ShardedTable)
-        candidates = (CutCandidates if is_cut else Candidates).of(model, catalogue, device)
+        with together():
+            candidates = (CutCandidates if is_cut else Candidates).of(model, catalogue, device)
         for batch in _batches(histories, batch_users):
             seen = None if include_seen else batch.seen()
             items, scores = candidates.best(user_vectors(model, batch, device), k, seen, item_chunk)

@@ -15,12 +15,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from s3rec_dist.bench.ranks import measured_by
 from s3rec_dist.config import Config, from_dict, to_dict
+
+if TYPE_CHECKING:
+    from s3rec_dist.training.engine import World
 
 MOST_DENSE = 1_000_000
 """Items up to which the dense table is measured beside the sharded one."""
@@ -77,7 +80,7 @@ def _worker(job: str, result: str) -> None:
     seconds, cpu, sent, at = [], [], [], 0
     for _ in range(spec["repetitions"] + 1):
         seeds = [(at + i) * world.size + world.rank for i in range(spec["steps"])]
-        batches = [_batch(config, n_items, world.size, seed) for seed in seeds]
+        batches = [_batch(config, n_items, world, seed) for seed in seeds]
         gather(None)
         before, begin, used = engine.table_bytes_sent, time.perf_counter(), time.process_time()
         for batch in batches:
@@ -99,16 +102,16 @@ def _worker(job: str, result: str) -> None:
         Path(result).write_text(json.dumps(found))
 
 
-def _batch(config: Config, n_items: int, ranks: int, seed: int) -> Any:
+def _batch(config: Config, n_items: int, world: World, seed: int) -> Any:
     """This rank's part of a batch, of sequences of full length."""
     from s3rec_dist.data.reconstruct import finetune_batch
     from s3rec_dist.data.stream import PackedSequences
 
-    count, length = config.finetune.batch_size // ranks, config.model.max_length + 1
+    count, length = config.finetune.batch_size // world.size, config.model.max_length + 1
     items = torch.randint(1, n_items + 1, (count * length,), generator=torch.Generator().manual_seed(seed)).int()
     offsets = torch.arange(count + 1, dtype=torch.int32) * length
     packed = PackedSequences(items, offsets, torch.arange(count) + seed * count, length)
-    return finetune_batch(packed, n_items=n_items, key=seed)
+    return finetune_batch(packed.to(world.device), n_items=n_items, key=seed)
 
 
 if __name__ == "__main__":

@@ -161,6 +161,10 @@ class S3Rec(nn.Module):
         """The vectors of the attributes in ``wanted``, or of all of them where they lie in one table."""
         if self.config.attribute_table == "dense":
             return Vectors(self.attribute_embedding.weight)
+        return self._gathered_attributes(wanted)
+
+    @not_compiled
+    def _gathered_attributes(self, wanted: torch.Tensor) -> Vectors:
         ids = wanted.unique()
         return Vectors(self._fetched("attribute", self.attribute_rows, ids), ids)
 

@@ -114,6 +114,9 @@ class ShardedTable:
             for name, is_wide in self._optimizer.state.items()
         }
         self._used_at = torch.empty(self.capacity if self._is_bounded else 0, dtype=torch.int32, device=self.device)
+        self._oldest = torch.empty(0, dtype=torch.int64, device=self.device)
+        """Slots by when they were used last, the lowest first among equals; those that were used since are no more."""
+        self._oldest_at = torch.empty(0, dtype=torch.int32, device=self.device)
         self.used = 0
         """Rows that are allotted."""
         self.steps = 0
@@ -235,17 +238,28 @@ class ShardedTable:
         """Forgets all rows. No collective."""
         self._slot_of.fill_(-1)
         self.used = self.steps = 0
+        self._oldest = self._oldest[:0]
         self._lent.clear()
+
+    def forget_use(self) -> None:
+        """Takes no row for used later than others. No collective."""
+        self._used_at.zero_()
+        self._oldest = self._oldest[:0]
 
     def put(self, ids: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes those of ``ids`` [K] that are this rank's, with what :meth:`tensors` has of them. Without the
-        optimizer's state they begin anew with it. No collective."""
+        optimizer's state they begin anew with it. Of more than it may hold, which another number of ranks may have
+        held, it keeps those used last. No collective."""
         own = self.owns(ids).nonzero().squeeze(1)
         if self._is_bounded and len(own) > self.capacity - self.used:
-            raise TableError(
-                f"{self.used + len(own):,} rows are to be loaded on a rank that may hold {self.capacity:,}; raise "
-                "model.item_capacity"
-            )
+            if "used_at" not in tensors:
+                raise TableError(
+                    f"{self.used + len(own):,} rows are to be loaded on a rank that may hold {self.capacity:,}; raise "
+                    "model.item_capacity"
+                )
+            used_at = torch.cat((self._used_at[: self.used], tensors["used_at"][own].to(self.device)))
+            kept = used_at.argsort(descending=True, stable=True)[: self.capacity]
+            own = own[(kept[kept >= self.used] - self.used).sort().values.to(own.device)]
         slots = self._allot(ids[own].to(self.device))
         self._rows[slots] = tensors["rows"][own].to(self.device, self._rows.dtype)
         for name, values in self._state.items():
@@ -253,6 +267,7 @@ class ShardedTable:
                 values[slots] = tensors[name][own].to(self.device)
         if self._is_bounded and "used_at" in tensors:
             self._used_at[slots] = tensors["used_at"][own].to(self.device)
+            self._oldest = self._oldest[:0]
 
     def _allot(self, ids: torch.Tensor) -> torch.Tensor:
         """The slots [K] of this rank's ``ids`` [K], which may repeat; new ones get the next free ones."""
@@ -264,6 +279,7 @@ class ShardedTable:
             places_of_new = new // self.world_size
             free = torch.arange(self.used, min(self.used + len(new), self.capacity), device=self.device)
             if len(free) < len(new):
+                self._used_at[slots[slots >= 0].long()] = self.steps
                 free = torch.cat((free, self._evict(len(new) - len(free), slots)))
             self.used = min(self.used + len(new), self.capacity)
             self._slot_of[places_of_new] = free.int()
@@ -279,6 +295,31 @@ class ShardedTable:
     def _evict(self, count: int, needed: torch.Tensor) -> torch.Tensor:
         """``count`` slots that are made free: of rows that were used least recently, those of low slots first, but none
         that is ``needed`` [K] (-1: none) now or lent."""
+        free = self._waiting()
+        if len(free) < count:
+            self._find_oldest(count)
+            free = self._waiting()
+        free = free[:count] if len(free) >= count else self._oldest_of_all(count, needed)
+        self._slot_of[self._ids[free] // self.world_size] = -1
+        self.evicted += count
+        return free
+
+    def _waiting(self) -> torch.Tensor:
+        """What of the oldest slots was not used since."""
+        is_unused = self._used_at[self._oldest] == self._oldest_at
+        self._oldest, self._oldest_at = self._oldest[is_unused], self._oldest_at[is_unused]
+        return self._oldest
+
+    def _find_oldest(self, count: int) -> None:
+        """Sorts for many steps to come. Slots that were used since the last update, as all that are needed or lent, are
+        left out: all that are used from now on come after the others then."""
+        used_at = self._used_at[: self.used]
+        oldest = used_at.argsort(stable=True)[: max(count, self.capacity // _SORTED)]
+        self._oldest = oldest[used_at[oldest] < self.steps].clone()
+        self._oldest_at = used_at[self._oldest]
+
+    def _oldest_of_all(self, count: int, needed: torch.Tensor) -> torch.Tensor:
+        """As :meth:`_evict`, also of slots that were used since the last update, as by a step that was skipped."""
         used_at = self._used_at[: self.used].clone()
         for kept in (needed[needed >= 0].long(), *(lent.slots for lent in self._lent)):
             used_at[kept] = torch.iinfo(torch.int32).max
@@ -288,8 +329,6 @@ class ShardedTable:
                 f"a step needs more rows than the {self.capacity:,} that a rank may hold; raise model.item_capacity or "
                 "lower the batch size"
             )
-        self._slot_of[self._ids[free] // self.world_size] = -1
-        self.evicted += count
         return free
 
     def _rounded(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -311,6 +350,8 @@ class ShardedTable:
 
 
 _PART = 1 << 16
+_SORTED = 64
+"""Which part of a table's slots is kept in order of their last use."""
 
 
 def initial_rows(spec: TableSpec, ids: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -220,7 +220,7 @@ class Saver:
         tag = tag_of(state["step"])
         draft = folder / f"{WRITING}{tag}"
         with heeding_peers(), together(group):
-            check_finite(weights)
+            check_finite({**weights, **{f"{name}, rows": tensors["rows"] for name, tensors in tables.items()}})
         try:
             with heeding_peers():
                 with together(group):
@@ -507,16 +507,17 @@ def tables_layout(engine: Engine) -> dict[str, Any]:
     return {"tables": {name: {**dataclasses.asdict(table.spec), "steps": table.steps} for name, table in tables}}
 
 
-def _read_rows(table: ShardedTable, files: Iterable[str]) -> None:
-    """Puts the rows of a checkpoint's files, of any world size, that are this rank's into ``table``."""
+def _read_rows(table: ShardedTable, files: Iterable[str], wanted: Collection[str] | None = None) -> None:
+    """Puts the rows of a checkpoint's files, of any world size, that are this rank's into ``table``: all that is known
+    of them, or what is ``wanted`` of it."""
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             ids = tensors.get_tensor("ids")
             for begin in range(0, len(ids), ROWS_READ):
                 part = slice(begin, begin + ROWS_READ)
                 if table.owns(ids[part]).any():
-                    found = {name: tensors.get_slice(name)[part] for name in tensors.keys()}  # noqa: SIM118
-                    table.put(ids[part], found)
+                    names = [name for name in tensors.keys() if wanted is None or name in wanted]  # noqa: SIM118
+                    table.put(ids[part], {name: tensors.get_slice(name)[part] for name in names})
 
 
 def load_weights(
@@ -634,8 +635,14 @@ def _put(kind: str, table: ShardedTable, stored: StoredTensor, source: str) -> N
         raise CheckpointError(
             f"{source}: has {rows - 1:,} {kind}, this dataset {table.spec.rows - 1:,}; take the one it was trained on"
         )
+    if stored.shape[1] != table.spec.features:
+        raise CheckpointError(
+            f"{source}: rows of {kind} have shape [{stored.shape[1]}], this model's are [{table.spec.features}]; it "
+            "follows from model.hidden_size"
+        )
     if isinstance(stored, TableRows):
-        _read_rows(table, stored.files)
+        _read_rows(table, stored.files, ("rows", "used_at"))  # another stage's optimizer begins anew
+        table.forget_use()
         return
     for begin in range(kind == "items", size, ROWS_READ):
         values = stored.rows(begin, min(begin + ROWS_READ, size))

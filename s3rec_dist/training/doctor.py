@@ -255,7 +255,10 @@ def _existing(url: str, storage: Storage) -> str:
 
 def _memory(config: Config, datasets: Sequence[Dataset], device: torch.device, local_size: int) -> Check:
     """Free memory, held against what weights, gradients and Adam's state of this host's processes take."""
-    model, rows = config.model, sum((d.n_items + d.n_attributes + 3) for d in datasets[:1])
+    model, rows = config.model, 0
+    for dataset in datasets[:1]:  # of sharded tables, as much as training touches
+        rows += dataset.n_items + 2 if model.item_table == "dense" else 0
+        rows += dataset.n_attributes + 1 if model.attribute_table == "dense" else 0
     block = 4 * model.hidden_size**2 + 2 * model.hidden_size * model.inner_size
     parameters = rows * model.hidden_size + model.layers * block
     needed = parameters * _BYTES_PER_PARAMETER

@@ -453,12 +453,14 @@ class Engine:
         *,
         count: float | torch.Tensor,
         learning_rate: float,
+        item_learning_rate: float | None = None,
         dropout_seed: int | None = None,
         with_norm: bool = False,
     ) -> StepResult:
         """Trains on this rank's micro-batches, as many as ``gradient_accumulation``, some perhaps empty.
 
-        ``count`` is what the loss is divided by: the samples or positions of the global batch.
+        ``count`` is what the loss is divided by: the samples or positions of the global batch. ``item_learning_rate``
+        is that of tables, where it is another one.
         """
         if len(batches) != self._accumulation:
             raise ValueError(f"expected {self._accumulation} micro-batches, got {len(batches)}")
@@ -490,7 +492,7 @@ class Engine:
         if getattr(engine.optimizer, "overflow", False):  # DeepSpeed has left the step out without asking Adam
             self._adam.found_inf = torch.ones((), device=self.world.device)
         if self.tables:
-            self._update_tables(learning_rate)
+            self._update_tables(learning_rate if item_learning_rate is None else item_learning_rate)
         norm = float(norm if self._plain else self._deepspeed_norm()) if with_norm else None
         if norm is not None and self.tables:
             norm = math.hypot(norm, float(self._found_norm))
@@ -542,8 +544,6 @@ class Engine:
         if bool(self._adam.found_inf):
             return
         stage = self._stage
-        if stage.item_learning_rate and stage.learning_rate:
-            learning_rate *= stage.item_learning_rate / stage.learning_rate
         for table, gradient in zip(self.tables.values(), found, strict=True):
             settings = Settings(learning_rate, table.steps + 1, stage.adam_betas, stage.adam_eps)
             table.update(gradient, settings, weight_decay=stage.weight_decay)

@@ -598,11 +598,16 @@ class _Training:
             self.clock.enter("reconstruct")
             self.meter.streamed(packed)
             rate = learning_rate(stage, self.step, self.total_steps)
+            item_rate = None
+            if stage.item_learning_rate:
+                of_items = replace(stage, learning_rate=stage.item_learning_rate)
+                item_rate = learning_rate(of_items, self.step, self.total_steps)
             is_logged = (self.step + 1) % stage.log_every_steps == 0 or self.step + 1 == self.total_steps
             result = self.engine.step(
                 task.batches(packed, epoch, self.engine),
                 count=self.global_count(packed, order.batch_samples(in_epoch)),
                 learning_rate=rate,
+                item_learning_rate=item_rate,
                 dropout_seed=task.dropout_seed(self.step),
                 with_norm=is_logged,
             )
@@ -685,6 +690,9 @@ class _Training:
         self.watchdog.working("validating")
         model = self.engine.whole_model(self.task.model)
         check_finite(model.state_dict())
+        if tables := self.task.tables:
+            with together():
+                check_finite({f"rows of {name}": table.tensors()["rows"] for name, table in tables.items()})
         model.eval()
         assert isinstance(model, S3Rec)
         try:

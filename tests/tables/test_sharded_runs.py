@@ -21,11 +21,12 @@ from runs import curve, died_run, events, make_config, make_dataset, run
 from s3rec_dist.__main__ import main
 from s3rec_dist.config import Config, EvaluationConfig, to_dict
 from s3rec_dist.data.dataset import Dataset
-from s3rec_dist.evaluation import evaluate, item_vectors_in_parts
+from s3rec_dist.evaluation import EvaluationError, evaluate, item_vectors_in_parts
 from s3rec_dist.export import export, load_model, streamed_model
 from s3rec_dist.training import checkpoint
 from s3rec_dist.training.engine import World
 from s3rec_dist.training.loop import Task
+from s3rec_dist.training.nonfinite import Diverged, check_finite
 
 RUNS = str(Path(__file__).parents[1] / "training" / "runs.py")
 ROWS = "item_embedding.weight"
@@ -281,3 +282,55 @@ def dense_oracle(config: Config, pretrained: str, optimizer: str) -> tuple[list[
             step += 1
     stream.close()
     return losses, rows.detach()
+
+
+def test_finetuning_begins_anew_with_the_rows_optimizer_and_age_and_names_the_setting_that_differs(
+    tmp_path: Path,
+) -> None:
+    make_dataset(tmp_path, seed=1, users=40, items=400)
+    dataset = tmp_path / "dataset"
+    changes = {**SHARDED, "pretrain__epochs": 1, "finetune__epochs": 0, "model__item_capacity": 150}
+    changes |= {"pretrain__item_optimizer": "adagrad", "pretrain__batch_size": 8}
+    config = make_config(dataset, tmp_path, finetune__pretrained="auto", **changes)
+    rows = rows_of(run("pretrain", config))
+    for optimizer in ("rowwise_adagrad", "adagrad"):
+        own = replace(config, finetune=replace(config.finetune, item_optimizer=optimizer))
+        own = replace(own, model=replace(own.model, item_capacity=140))
+        found = rows_of(run("finetune", own, resume=False))
+        place = torch.tensor([rows["ids"].tolist().index(item) for item in found["ids"].tolist()])
+        assert torch.equal(found["rows"], rows["rows"][place]) and len(place) == 140
+        assert rows["sum"].any() and not found["sum"].any() and not found["used_at"].any()
+    wider = make_config(dataset, tmp_path, finetune__pretrained="auto", model__hidden_size=32, **SHARDED)
+    with pytest.raises(checkpoint.CheckpointError, match=r"shape .* follows from model.hidden_size"):
+        run("finetune", wider, resume=False)
+
+
+def test_a_bounded_run_goes_on_with_another_world_size(launch: Launch, tmp_path: Path) -> None:
+    make_dataset(tmp_path, seed=1, users=40, items=400)
+    changes = {"model__item_capacity": 202, "pretrain__batch_size": 8, "pretrain__checkpoint_every_steps": 5}
+    changes["pretrain__epochs"] = 1
+    data = tmp_path / "dataset"
+    jobs(launch, 4, tmp_path / "first", {"a": job(data, tmp_path, "pretrain", dies_before=23, **changes)})
+    found = jobs(launch, 2, tmp_path / "again", {"a": job(data, tmp_path, "pretrain", **changes)})
+    assert found == {"a": ["", ""]} and events(tmp_path / "pretrain", "resume")[0]["step"] == 20
+
+
+def test_rows_that_are_not_finite_are_found_wherever_others_are(dataset: Path, alone: Path) -> None:
+    opened = Dataset.open(str(dataset))
+    task = Task(make_config(dataset, alone, **SHARDED), "finetune", opened, torch.device("cpu"))
+    model = task.model().eval()
+    task.tables["items"].put(torch.tensor([7]), {"rows": torch.full((1, 16), torch.inf)})
+    with pytest.raises(EvaluationError, match=r"item 7: its embedding is not finite"):
+        evaluate(model, opened, EvaluationConfig(), "validation", "cpu")
+    with pytest.raises(Diverged, match="rows of items"):
+        check_finite({"rows of items": task.tables["items"].tensors()["rows"]})
+
+
+def test_rows_train_where_all_else_has_a_learning_rate_of_zero(dataset: Path, tmp_path: Path) -> None:
+    changes = {**SHARDED, "finetune__epochs": 1, "finetune__learning_rate": 0.0, "finetune__item_learning_rate": 0.01}
+    losses = curve(run("finetune", make_config(dataset, tmp_path, finetune__schedule="linear", **changes)))
+    saved = checkpoint.load_weights(str(tmp_path / "finetune"))[0]
+    task = Task(make_config(dataset, tmp_path, **changes), "finetune", Dataset.open(str(dataset)), torch.device("cpu"))
+    first = task.model().state_dict()
+    assert losses and all(torch.equal(saved[name], first[name]) for name in first)
+    assert not torch.equal(saved[ROWS][1:61], torch.cat([rows for _, rows in task.tables["items"].whole()])[1:])

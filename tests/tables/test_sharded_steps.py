@@ -155,13 +155,19 @@ def test_fewer_rows_than_items_train_and_resume_to_the_bit(ways: dict[str, Path]
     assert sum(bounded[-5:]) < sum(bounded[:5])
 
 
-@pytest.mark.parametrize("stage", ["pretrain", pytest.param("finetune", marks=pytest.mark.extended)])
+ATTRIBUTES = {"model__attribute_table": "sharded", "pretrain__attribute_negatives": 6}
+
+
+@pytest.mark.parametrize(
+    ("stage", "tables"),
+    [("pretrain", {}), ("pretrain", ATTRIBUTES), pytest.param("finetune", {}, marks=pytest.mark.extended)],
+)
 def test_a_compiled_run_has_the_curve_of_one_that_is_not(
-    stage: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, tables: dict[str, Any], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch.compiler.reset()
-    changes = {**SHARDED, "finetune__epochs": 1, "model__layers": 1, "pretrain__batch_size": 104}
+    changes = {**SHARDED, "finetune__epochs": 1, "model__layers": 1, "pretrain__batch_size": 104, **tables}
     plain, compiled = (
         run(stage, make_config(dataset, tmp_path / str(on), engine__compile=on, **changes)) for on in (False, True)
     )
@@ -205,3 +211,15 @@ def test_a_signal_to_one_rank_in_a_validation_leaves_a_checkpoint_and_the_run_go
     for name in ("train/loss", "validation/MRR"):
         assert curve(folder, name) == curve(tmp_path / "whole" / "finetune", name)
     assert_same_tables(folder, tmp_path / "whole" / "finetune")
+
+
+def test_attributes_alone_cut_over_ranks_leave_validation_to_each_ranks_own_users(
+    launch: Launch, dataset: Path, tmp_path: Path
+) -> None:
+    changes = {**ATTRIBUTES, "finetune__epochs": 1, "engine__hang_seconds": 10}
+    wanted = {"a": {"stage": "finetune", "config": to_dict(make_config(dataset, tmp_path, **changes))}}
+    (tmp_path / "jobs.json").write_text(json.dumps(wanted))
+    assert result_of(launch(2, [RUNS, str(tmp_path / "jobs.json")])[0]) == {"a": ["", ""]}
+    alone = run("finetune", make_config(dataset, tmp_path / "alone", **changes))
+    found = curve(tmp_path / "finetune", "validation/MRR")
+    assert found == pytest.approx(curve(alone, "validation/MRR"), rel=1e-5)

@@ -172,3 +172,39 @@ def test_what_a_checkpoint_holds_is_taken_by_any_number_of_ranks(ranks: int) -> 
 def test_more_rows_than_may_be_held_are_not_loaded() -> None:
     with pytest.raises(TableError, match=r"5 rows are to be loaded on a rank that may hold 4; raise model.item_cap"):
         table_of(capacity=4).put(torch.arange(5), {"rows": torch.zeros(5, FEATURES)})
+
+
+def test_of_more_rows_than_may_be_held_the_ones_used_last_are_taken_in_any_order() -> None:
+    whole = table_of(optimizer="adagrad", capacity=20)
+    train(whole, [torch.tensor([i, i + 20]) for i in range(10)])
+    saved = whole.tensors()
+    place = {int(item): i for i, item in enumerate(saved["ids"])}
+    for order in (torch.arange(20), torch.arange(20).flip(0)):
+        part = table_of(optimizer="adagrad", capacity=6)
+        for at in order.split(4):
+            part.put(saved["ids"][at], {name: values[at] for name, values in saved.items()})
+        own = part.tensors()
+        assert set(own["ids"].tolist()) == {7, 8, 9, 27, 28, 29}
+        at = torch.tensor([place[int(item)] for item in own["ids"]])
+        assert all(torch.equal(own[name], saved[name][at]) for name in saved)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_makes_room_does_not_depend_on_when_a_run_was_resumed(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    one, two = (table_of(300, optimizer="sgd", capacity=120) for _ in range(2))
+    for step in range(120):
+        ids = [torch.randperm(300, generator=draw)[: 1 + step % 23] for _ in range(2)]
+        is_skipped = step % 5 == 4
+        if step % 7 == 0:
+            saved, steps, two = two.tensors(), two.steps, table_of(300, optimizer="sgd", capacity=120)
+            two.put(saved["ids"], saved)
+            two.steps = steps
+        for table in (one, two):
+            for part in ids:
+                table.fetch(part).sum().backward()
+            found = table.collect()
+            if not is_skipped:
+                table.update(found, Settings(0.1, 1))
+        assert all(torch.equal(one.tensors()[name], two.tensors()[name]) for name in one.tensors())
+    assert one.evicted > 500
