@@ -438,6 +438,11 @@ class Config:
                 "finetune.loss=ce needs all items at each step, which model.item_table=sharded has in no one place; "
                 "use finetune.loss=sampled_ce"
             )
+        if self.model.item_capacity and self.model.item_table == "dense":
+            raise ConfigError(
+                f"model.item_capacity={self.model.item_capacity} is of a sharded item table; set "
+                "model.item_table=sharded, or leave model.item_capacity out"
+            )
         if self.model.attribute_table == "sharded" and not self.pretrain.attribute_negatives:
             raise ConfigError(
                 "model.attribute_table=sharded has all attributes in no one place, as pretrain.attribute_negatives=0 "

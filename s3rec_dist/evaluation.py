@@ -52,7 +52,7 @@ from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
 from s3rec_dist.tables import ShardedTable
 from s3rec_dist.tables.scored import ItemShard, Scored, WholeItems
-from s3rec_dist.training.engine import gather, start, together
+from s3rec_dist.training.engine import gather, heeding_peers, start, together
 from s3rec_dist.training.weights import MAX_SHARD_BYTES, ROWS_READ, InMemory, StoredRows
 
 Split = Literal["validation", "test"]
@@ -619,6 +619,7 @@ def device_of(name: str) -> torch.device:
     return torch.device("cpu" if on_cpu else "cuda")
 
 
+@heeding_peers()
 def run(args: argparse.Namespace) -> None:
     """``s3rec evaluate``: a table on stdout, and JSON where asked for."""
     from s3rec_dist.export import open_model

@@ -51,7 +51,7 @@ from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
 from s3rec_dist.tables import ShardedTable
 from s3rec_dist.tables.scored import Scored, WholeItems
-from s3rec_dist.training.engine import together
+from s3rec_dist.training.engine import heeding_peers, together
 
 SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
 
@@ -418,6 +418,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+@heeding_peers()
 def run(args: argparse.Namespace) -> None:
     """``s3rec recommend``: the file, and a line about it on stdout."""
     from s3rec_dist.export import load_model, open_catalogue

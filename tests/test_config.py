@@ -195,6 +195,13 @@ def test_fp16_on_the_cpu_is_refused() -> None:
         load_config(None, ["engine.device=cpu", "engine.precision=fp16"])
 
 
+def test_a_sharded_item_table_refuses_what_needs_all_items_and_alone_has_a_capacity() -> None:
+    with pytest.raises(ConfigError, match=r"finetune\.loss=ce needs all items .* use finetune\.loss=sampled_ce"):
+        load_config(None, ["model.item_table=sharded", "finetune.loss=ce"])
+    with pytest.raises(ConfigError, match=r"item_capacity=9 is of a sharded item table; set model\.item_table=sharded"):
+        load_config(None, ["model.item_capacity=9"])
+
+
 def test_offload_needs_a_zero_stage_that_has_it() -> None:
     with pytest.raises(
         ConfigError, match=r"offload=optimizer does not work with engine\.zero_stage=0; use .*=1 or above"

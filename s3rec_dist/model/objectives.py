@@ -208,8 +208,8 @@ class _SampledAttributeLoss(torch.autograd.Function):
             logits = (states * vectors).sum(1, keepdim=True)
             loss += F.softplus(-logits).sum()
             pull = -(-logits).sigmoid_()
-            grad_hidden.index_add_(0, rows, pull * vectors)
-            grad_table.index_add_(0, attributes, pull * states)
+            _add_rows(grad_hidden, rows, pull * vectors)
+            _add_rows(grad_table, attributes, pull * states)
 
         # one drawn several times counts so often at its first place, and not at the others
         negatives = negatives.sort().values
@@ -238,3 +238,11 @@ class _SampledAttributeLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return (*((grad * grads[0]).to(grad.dtype) for grad in ctx.saved_tensors), None, None, None, None)
+
+
+def _add_rows(target: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Adds ``values`` [P, E] to ``rows`` [P] of ``target``, which may repeat, in the same order each time."""
+    if target.is_cuda:
+        target.index_put_((rows,), values, accumulate=True)  # sorts, where index_add_ uses atomics
+    else:
+        target.index_add_(0, rows, values)

@@ -104,15 +104,22 @@ class ShardedTable:
         self.owned = len(range(rank, spec.rows, world_size))
         self.capacity = min(self.owned, -(-spec.capacity // world_size)) if spec.capacity else self.owned
         self._optimizer = OPTIMIZERS[spec.optimizer]
-        self._slot_of = torch.full((self.owned,), -1, dtype=torch.int32, device=self.device)
         # Memory that was never written to is none, on a host.
         shape = (self.capacity, spec.features)
-        self._ids = torch.empty(self.capacity, dtype=torch.int64, device=self.device)
-        self._rows = torch.empty(shape, dtype=_DTYPES[spec.dtype], device=self.device)
-        self._state = {
-            name: torch.empty(shape if is_wide else (self.capacity, 1), device=self.device)
-            for name, is_wide in self._optimizer.state.items()
-        }
+        try:
+            self._rows = torch.empty(shape, dtype=_DTYPES[spec.dtype], device=self.device)
+            self._state = {
+                name: torch.empty(shape if is_wide else (self.capacity, 1), device=self.device)
+                for name, is_wide in self._optimizer.state.items()
+            }
+            self._ids = torch.empty(self.capacity, dtype=torch.int64, device=self.device)
+            self._slot_of = torch.full((self.owned,), -1, dtype=torch.int32, device=self.device)
+        except RuntimeError as error:  # of torch's allocators
+            raise TableError(
+                f"{self.capacity:,} rows of {spec.features} features with the state of {spec.optimizer} do not fit "
+                f"into the memory of {self.device} ({str(error).splitlines()[0]}); take more processes, "
+                "model.item_capacity, model.item_dtype=bf16, model.item_device=cpu or item_optimizer=rowwise_adagrad"
+            ) from error
         self._used_at = torch.empty(self.capacity if self._is_bounded else 0, dtype=torch.int32, device=self.device)
         self._oldest = torch.empty(0, dtype=torch.int64, device=self.device)
         """Slots by when they were used last, the lowest first among equals; those that were used since are no more."""

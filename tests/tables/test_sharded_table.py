@@ -208,3 +208,8 @@ def test_what_makes_room_does_not_depend_on_when_a_run_was_resumed(seed: int) ->
                 table.update(found, Settings(0.1, 1))
         assert all(torch.equal(one.tensors()[name], two.tensors()[name]) for name in one.tensors())
     assert one.evicted > 500
+
+
+def test_a_table_that_no_memory_has_room_for_is_told_with_what_to_change() -> None:
+    with pytest.raises(TableError, match=r"10,000,000,000,000 rows of 64 .* memory of cpu .*; take more proc"):
+        ShardedTable(TableSpec(rows=10**13, features=64))
