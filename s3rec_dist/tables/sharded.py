@@ -245,13 +245,13 @@ class ShardedTable:
         """Forgets all rows. No collective."""
         self._slot_of.fill_(-1)
         self.used = self.steps = 0
-        self._oldest = self._oldest[:0]
+        self._forget_oldest()
         self._lent.clear()
 
     def forget_use(self) -> None:
         """Takes no row for used later than others. No collective."""
         self._used_at.zero_()
-        self._oldest = self._oldest[:0]
+        self._forget_oldest()
 
     def put(self, ids: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
         """Takes those of ``ids`` [K] that are this rank's, with what :meth:`tensors` has of them. Without the
@@ -274,7 +274,7 @@ class ShardedTable:
                 values[slots] = tensors[name][own].to(self.device)
         if self._is_bounded and "used_at" in tensors:
             self._used_at[slots] = tensors["used_at"][own].to(self.device)
-            self._oldest = self._oldest[:0]
+            self._forget_oldest()
 
     def _allot(self, ids: torch.Tensor) -> torch.Tensor:
         """The slots [K] of this rank's ``ids`` [K], which may repeat; new ones get the next free ones."""
@@ -316,6 +316,9 @@ class ShardedTable:
         is_unused = self._used_at[self._oldest] == self._oldest_at
         self._oldest, self._oldest_at = self._oldest[is_unused], self._oldest_at[is_unused]
         return self._oldest
+
+    def _forget_oldest(self) -> None:
+        self._oldest, self._oldest_at = self._oldest[:0], self._oldest_at[:0]
 
     def _find_oldest(self, count: int) -> None:
         """Sorts for many steps to come. Slots that were used since the last update, as all that are needed or lent, are
