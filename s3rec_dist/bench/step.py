@@ -66,6 +66,7 @@ class Steps:
             task.batches(packed, 0, self.engine),
             count=max(task.count(packed), 1),
             learning_rate=task.stage.learning_rate,
+            item_learning_rate=task.stage.item_learning_rate or None,
             dropout_seed=task.dropout_seed(self._step),
         )
         self._step += 1
