@@ -156,7 +156,7 @@ class ModelConfig:
     item_features: Literal["none", "add"] = "none"
     """``add``: an item's vector is its own row plus a learned map of the mean of its attributes' vectors, so that items
     never trained on are ranked by their attributes."""
-    item_id_dropout: float = 0.1
+    item_id_dropout: float = 0.3
     """With ``item_features=add``, probability that a training step leaves an item's own row out."""
     activation_checkpointing: bool = False
     """Keep only the blocks' inputs for the backward pass, which computes the rest again: less memory, more time."""
