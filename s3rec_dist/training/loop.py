@@ -878,7 +878,8 @@ def _check_same_run(config: Config, name: StageName, fingerprint: str, found: Ch
             f"{found.source}: was trained on another dataset than {config.data.path}{mixed}, or that has changed "
             f"since; restore it, name its data.revision, {start_over}"
         )
-    then, now = flat(state["config"]), flat(to_dict(config))
+    then = {**flat(to_dict(Config())), **flat(state["config"])}  # settings that it did not know were at their defaults
+    now = flat(to_dict(config))
     schedule_follows_epochs = now[f"{name}.schedule"] != "constant"
     differ = [
         f"{key} was {then[key]!r}, is {now[key]!r}"
