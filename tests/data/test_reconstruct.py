@@ -256,7 +256,10 @@ def test_mask_ratio_zero_masks_the_last_item_alone_and_one_masks_all() -> None:
 def test_types_and_bounds_are_what_the_encoder_expects() -> None:
     packed = pack([[1, 2, 3], [4], [5, 6]])
     for batch in (pretrain(packed), finetune_batch(pack([[1, 2, 3], [4, 5]]), n_items=9, key=0)):
-        kinds = {f.name: getattr(batch, f.name).dtype for f in fields(batch) if f.name != "max_length"}
+        tensors = {
+            f.name: getattr(batch, f.name) for f in fields(batch) if f.name not in ("max_length", "step_targets")
+        }
+        kinds = {name: tensor.dtype for name, tensor in tensors.items()}
         wide = {"masked", "unmasked", "sample_keys"}
         assert kinds == {name: torch.int64 if name in wide else torch.int32 for name in kinds}
     assert pretrain(packed).max_length == 3
