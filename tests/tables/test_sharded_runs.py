@@ -72,7 +72,7 @@ def alone(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.extended), 4])
 def test_curves_metrics_and_rows_are_those_of_one_process(
     ranks: int, launch: Launch, dataset: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -145,7 +145,7 @@ def test_what_reads_checkpoints_gets_a_model_with_all_items(dataset: Path, alone
     assert b == pytest.approx(a, rel=1e-6)  # the first step, before any optimizer
 
 
-@pytest.mark.parametrize(("protocol", "ranks"), [("full", 3), ("sampled", 2)])
+@pytest.mark.parametrize(("protocol", "ranks"), [("full", 3), pytest.param("sampled", 2, marks=pytest.mark.extended)])
 def test_processes_that_each_hold_a_part_rank_as_one_that_holds_all(
     protocol: str, ranks: int, launch: Launch, dataset: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -186,7 +186,10 @@ MILLIONS = {"model__attribute_table": "sharded", "pretrain__attribute_negatives"
 FEATURES = {**MILLIONS, "model__item_features": "add"}
 
 
-@pytest.mark.parametrize("changes", [MILLIONS, FEATURES], ids=["attributes", "features"])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(MILLIONS, marks=pytest.mark.extended, id="attributes"), pytest.param(FEATURES, id="features")],
+)
 def test_attributes_may_be_cut_over_the_ranks_too(
     changes: dict[str, Any], launch: Launch, dataset: Path, tmp_path: Path
 ) -> None:

@@ -51,7 +51,7 @@ def many_items(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "dataset"
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.extended), 2])
 def steps(request: pytest.FixtureRequest, launch: Launch) -> dict[str, Any]:
     """What steps.py finds on so many processes."""
     return {"ranks": request.param, **result_of(launch(request.param, [STEPS])[0])}
@@ -79,11 +79,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulated": {"pretrain__gradient_accumulation": 2},
     **{f"ZeRO {zero}": {"engine__zero_stage": zero} for zero in (1, 2, 3)},
-    **{f"bf16, ZeRO {zero}": {"engine__zero_stage": zero, "engine__precision": "bf16"} for zero in range(4)},
+    **{f"bf16, ZeRO {zero}": {"engine__zero_stage": zero, "engine__precision": "bf16"} for zero in (0, 2)},
     "bf16 rows": {"model__item_dtype": "bf16"},
     "finetune plain": FINETUNE,
     "finetune accumulated": {**FINETUNE, "finetune__gradient_accumulation": 2},
-    "finetune ZeRO 3": {**FINETUNE, "engine__zero_stage": 3},
     "finetune bf16, ZeRO 2": {**FINETUNE, "engine__zero_stage": 2, "engine__precision": "bf16"},
     "bounded": BOUNDED,
     "again": {**BOUNDED, "pretrain__checkpoint_every_steps": 5},
@@ -124,9 +123,7 @@ def assert_same_tables(found: Path, expected: Path) -> None:
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize(
-    "way", ["accumulated", "ZeRO 1", "ZeRO 2", "ZeRO 3", "finetune accumulated", "finetune ZeRO 3"]
-)
+@pytest.mark.parametrize("way", ["accumulated", "ZeRO 1", "ZeRO 2", "ZeRO 3", "finetune accumulated"])
 def test_accumulation_and_zero_stages_change_no_more_than_rounding(way: str, ways: dict[str, Path]) -> None:
     plain = ways["finetune plain" if way.startswith("finetune") else "plain"]
     assert curve(ways[way]) == pytest.approx(curve(plain), rel=1e-5)
@@ -134,7 +131,7 @@ def test_accumulation_and_zero_stages_change_no_more_than_rounding(way: str, way
     torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("way", [*(f"bf16, ZeRO {zero}" for zero in range(4)), "bf16 rows", "finetune bf16, ZeRO 2"])
+@pytest.mark.parametrize("way", ["bf16, ZeRO 0", "bf16, ZeRO 2", "bf16 rows", "finetune bf16, ZeRO 2"])
 def test_bf16_weights_and_rows_follow_the_curve_of_fp32(way: str, ways: dict[str, Path]) -> None:
     expected = curve(ways["finetune plain" if way.startswith("finetune") else "plain"])
     assert curve(ways[way]) == pytest.approx(expected, rel=0.03)
@@ -160,7 +157,11 @@ ATTRIBUTES = {"model__attribute_table": "sharded", "pretrain__attribute_negative
 
 @pytest.mark.parametrize(
     ("stage", "tables"),
-    [("pretrain", {}), ("pretrain", ATTRIBUTES), pytest.param("finetune", {}, marks=pytest.mark.extended)],
+    [
+        pytest.param("pretrain", {}, marks=pytest.mark.extended),
+        ("pretrain", ATTRIBUTES),
+        pytest.param("finetune", {}, marks=pytest.mark.extended),
+    ],
 )
 def test_a_compiled_run_has_the_curve_of_one_that_is_not(
     stage: str, tables: dict[str, Any], dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
