@@ -72,7 +72,7 @@ def alone(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.extended), 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.extended)])
 def test_curves_metrics_and_rows_are_those_of_one_process(
     ranks: int, launch: Launch, dataset: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -308,6 +308,7 @@ def test_finetuning_begins_anew_with_the_rows_optimizer_and_age_and_names_the_se
         run("finetune", wider, resume=False)
 
 
+@pytest.mark.extended
 def test_a_bounded_run_goes_on_with_another_world_size(launch: Launch, tmp_path: Path) -> None:
     make_dataset(tmp_path, seed=1, users=40, items=400)
     changes = {"model__item_capacity": 202, "pretrain__batch_size": 8, "pretrain__checkpoint_every_steps": 5}

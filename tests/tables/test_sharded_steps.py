@@ -158,8 +158,8 @@ ATTRIBUTES = {"model__attribute_table": "sharded", "pretrain__attribute_negative
 @pytest.mark.parametrize(
     ("stage", "tables"),
     [
-        pytest.param("pretrain", {}, marks=pytest.mark.extended),
-        ("pretrain", ATTRIBUTES),
+        ("pretrain", {}),
+        pytest.param("pretrain", ATTRIBUTES, marks=pytest.mark.extended),
         pytest.param("finetune", {}, marks=pytest.mark.extended),
     ],
 )
