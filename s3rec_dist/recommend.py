@@ -43,14 +43,13 @@ from s3rec_dist.evaluation import (
     Histories,
     add_device_argument,
     device_of,
-    item_vectors,
     scored_items,
     user_vectors,
 )
 from s3rec_dist.model.s3rec import S3Rec
 from s3rec_dist.storage import Storage, add_storage_argument, storage_of
 from s3rec_dist.tables import ShardedTable
-from s3rec_dist.tables.scored import Scored, WholeItems
+from s3rec_dist.tables.scored import Scored
 from s3rec_dist.training.engine import heeding_peers, together
 
 SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
@@ -110,25 +109,26 @@ def top_k(
     return _decode(best.topk(min(k, best.shape[1])).values)
 
 
+def is_taken(catalogue: Dataset) -> np.ndarray:
+    """Which items somebody has taken, bool [N]: ids kept from a source with gaps name no item."""
+    taken: np.ndarray = catalogue.items_table().column("count").to_numpy() > 0
+    return taken
+
+
 @dataclass(frozen=True)
 class Candidates:
-    """The items that somebody has taken: ids kept from a source with gaps name no item."""
+    """The items that somebody has taken. Of a model whose items are cut over the ranks, all call :meth:`best` alike."""
 
-    ids: np.ndarray
-    """Item ids, int64 [C], ascending."""
-    vectors: torch.Tensor
-    """fp32 [C, E]."""
-    place: np.ndarray
-    """By item id, int64 [N + 1]: its place in ``ids``, from 1, or 0."""
+    items: Scored
+    closed: torch.Tensor
+    """bool [C], in the order of the items that are here: those that are no candidates."""
 
     @classmethod
-    def of(cls, model: S3Rec, catalogue: Dataset, device: torch.device | str) -> Candidates:
+    def of(cls, model: S3Rec, catalogue: Dataset) -> Candidates:
         """Those of a catalogue. Raises EvaluationError where the model does not fit or has diverged."""
-        taken = catalogue.items_table().column("count").to_numpy() > 0
-        vectors = item_vectors(model, catalogue.n_items, catalogue.path).to(device)
-        rows = np.flatnonzero(taken)
-        place = np.concatenate([[0], np.where(taken, np.cumsum(taken), 0)])
-        return cls(rows + 1, vectors[torch.from_numpy(rows).to(device)], place)
+        items = scored_items(model, catalogue.n_items, catalogue.path)
+        own = items.ids(0, len(items))
+        return cls(items, torch.from_numpy(~is_taken(catalogue)).to(own.device)[own - 1])
 
     def best(
         self,
@@ -139,36 +139,6 @@ class Candidates:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Item ids int64 and scores fp32 of the best for ``users`` [B, E], as :func:`top_k` has them, without the
         ``left_out`` (user's place, item id) pairs [P]."""
-        rows, items = (np.empty(0, np.int64),) * 2 if left_out is None else left_out
-        places = self.place[items]
-        known = places > 0
-        excluded = [torch.from_numpy(part[known]).to(users.device) for part in (rows, places)]
-        best, scores = top_k(users, WholeItems(self.vectors), k, (excluded[0], excluded[1]), item_chunk)
-        return self.ids[best.cpu().numpy() - 1], scores.cpu().numpy()
-
-
-@dataclass(frozen=True)
-class CutCandidates:
-    """:class:`Candidates` of a model whose items are cut over the ranks, which all call :meth:`best` alike."""
-
-    items: Scored
-    closed: torch.Tensor
-    """bool [C], in the order of the items that are here: those that nobody has taken."""
-
-    @classmethod
-    def of(cls, model: S3Rec, catalogue: Dataset, device: torch.device | str) -> CutCandidates:
-        items = scored_items(model, catalogue.n_items, catalogue.path)
-        own = items.ids(0, len(items))
-        untaken = torch.from_numpy(catalogue.items_table().column("count").to_numpy() == 0)
-        return cls(items, untaken.to(own.device)[own - 1])
-
-    def best(
-        self,
-        users: torch.Tensor,
-        k: int,
-        left_out: tuple[np.ndarray, np.ndarray] | None = None,
-        item_chunk: int = ITEM_CHUNK,
-    ) -> tuple[np.ndarray, np.ndarray]:
         rows, ids = (np.empty(0, np.int64),) * 2 if left_out is None else left_out
         excluded = torch.from_numpy(rows).to(users.device), torch.from_numpy(ids).to(users.device)
         best, scores = top_k(users, self.items, k, excluded, item_chunk, self.closed)
@@ -311,9 +281,8 @@ def recommend(
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     writer = _whole_table(output, catalogue.storage) if is_first else contextlib.nullcontext(lambda table: None)
     with torch.no_grad(), writer as write:
-        is_cut = isinstance(model.item_rows, ShardedTable)
         with together():
-            candidates = (CutCandidates if is_cut else Candidates).of(model, catalogue, device)
+            candidates = Candidates.of(model, catalogue)
         for batch in _batches(histories, batch_users):
             seen = None if include_seen else batch.seen()
             items, scores = candidates.best(user_vectors(model, batch, device), k, seen, item_chunk)

@@ -20,7 +20,7 @@ from s3rec_dist.evaluation import Histories, user_vectors
 from s3rec_dist.export import ExportError
 from s3rec_dist.model.encoder import Block
 from s3rec_dist.model.s3rec import S3Rec
-from s3rec_dist.recommend import Candidates, dataset_histories
+from s3rec_dist.recommend import Candidates, dataset_histories, is_taken
 
 TOLERANCE = 1e-4
 """Most that a vector or score may differ from the packed encoder's, absolutely."""
@@ -112,7 +112,7 @@ class PaddedRecommender(nn.Module):
         super().__init__()
         self.encoder, self.k = PaddedEncoder(model), k
         closed = torch.full((1, dataset.n_items + 2), -torch.inf)  # padding and mask too
-        closed[0, Candidates.of(model, dataset, "cpu").ids] = 0
+        closed[0, 1:-1][torch.from_numpy(is_taken(dataset))] = 0
         self.register_buffer("closed", closed)
 
     def forward(self, items: torch.Tensor, lengths: torch.Tensor) -> Outputs:
@@ -185,7 +185,7 @@ def difference(run: Run, model: S3Rec, dataset: Dataset, k: int) -> float:
     with torch.no_grad():
         wanted = user_vectors(model, histories, "cpu")
         if k:
-            _, scores = Candidates.of(model, dataset, "cpu").best(wanted, k, histories.seen())
+            _, scores = Candidates.of(model, dataset).best(wanted, k, histories.seen())
             wanted = F.pad(torch.from_numpy(scores), (0, k - scores.shape[1]), value=-torch.inf)
     items, lengths = padded(histories)
     worst, count = 0.0, len(lengths)
@@ -214,7 +214,7 @@ def check(run: Run, model: S3Rec, dataset: Dataset, k: int, output: str, runtime
 def overlap(run: Run, model: S3Rec, dataset: Dataset, k: int) -> float:
     """Share of the packed encoder's best items (k, or 20) that are among those of ``run``, on real histories."""
     histories = real_histories(dataset)
-    candidates, seen = Candidates.of(model, dataset, "cpu"), histories.seen()
+    candidates, seen = Candidates.of(model, dataset), histories.seen()
     found = run(*padded(histories))[0].detach()
     with torch.no_grad():
         wanted, _ = candidates.best(user_vectors(model, histories, "cpu"), k or 20, seen)

@@ -58,7 +58,7 @@ class Recommender:
     def __init__(self, model: S3Rec, catalogue: Dataset, names: Mapping[str, str] | None = None) -> None:
         self.model, self.catalogue = model.eval(), catalogue
         with torch.no_grad():
-            self.candidates = Candidates.of(model, catalogue, "cpu")
+            self.candidates = Candidates.of(model, catalogue)
         table = catalogue.items_table()
         self.raw: list[str] = table.column("raw").to_pylist()
         self.counts = table.column("count").to_numpy()

@@ -28,7 +28,7 @@ from s3rec_dist.data.output import file_output
 from s3rec_dist.evaluation import item_vectors_in_parts, user_vectors
 from s3rec_dist.export import ExportError
 from s3rec_dist.model.s3rec import S3Rec
-from s3rec_dist.recommend import ITEM_CHUNK, top_k
+from s3rec_dist.recommend import Candidates, is_taken
 from s3rec_dist.serving.padded import real_histories
 from s3rec_dist.tables.scored import WholeItems
 from s3rec_dist.training.weights import ROWS_READ
@@ -61,11 +61,10 @@ def write_vectors(model: S3Rec, dataset: Dataset, args: argparse.Namespace) -> N
         _write_vectors(model, dataset, *paths[:2])
         if wants_index:
             vectors = np.load(paths[1], mmap_mode="c")
-            is_taken = dataset.items_table().column("count").to_numpy() > 0
-            rows = np.flatnonzero(is_taken)
+            rows = np.flatnonzero(is_taken(dataset))
             kind = args.index if args.index != "auto" else "flat" if len(rows) <= MOST_EXACT else "ivf"
             faiss.write_index(build_index(vectors, rows, kind), paths[2])
-            print(_told(faiss.read_index(paths[2]), kind, model, dataset, vectors, is_taken))
+            print(_told(faiss.read_index(paths[2]), kind, model, dataset, vectors))
 
 
 def _write_vectors(model: S3Rec, dataset: Dataset, table_path: str, array_path: str) -> None:
@@ -112,13 +111,12 @@ def build_index(vectors: np.ndarray, rows: np.ndarray, kind: str) -> Any:
     return index
 
 
-def _told(index: Any, kind: str, model: S3Rec, dataset: Dataset, vectors: np.ndarray, is_taken: np.ndarray) -> str:
+def _told(index: Any, kind: str, model: S3Rec, dataset: Dataset, vectors: np.ndarray) -> str:
     """Recall and speed beside exact search, for real users."""
-    items, closed = WholeItems(torch.from_numpy(vectors)), torch.from_numpy(~is_taken)
-    nobody = (torch.empty(0, dtype=torch.int64),) * 2
+    candidates = Candidates(WholeItems(torch.from_numpy(vectors)), torch.from_numpy(~is_taken(dataset)))
     with torch.no_grad():
         users = user_vectors(model, real_histories(dataset, QUERIES), "cpu")
-    exact, exact_s = _timed(lambda: top_k(users, items, CUTOFF, nobody, ITEM_CHUNK, closed)[0].numpy())
+    exact, exact_s = _timed(lambda: candidates.best(users, CUTOFF)[0])
     found, found_s = _timed(lambda: index.search(users.numpy(), CUTOFF)[1])
     recall = float(np.mean([np.isin(a, b).mean() for a, b in zip(exact, found, strict=True)]))
     queries = len(users)

@@ -103,7 +103,7 @@ def test_exported_best_items_are_those_of_recommend(dataset: Dataset, tmp_path: 
     items, scores = run(*padded(histories))
     with torch.no_grad():
         users = user_vectors(model, histories, "cpu")
-    expected, expected_scores = Candidates.of(model, dataset, "cpu").best(users, 30, histories.seen())
+    expected, expected_scores = Candidates.of(model, dataset).best(users, 30, histories.seen())
     finite = np.isfinite(expected_scores)  # who has had more than 9 items has fewer than 30 left
     assert not finite.all()
     assert np.array_equal(items.numpy()[finite], expected[finite])
