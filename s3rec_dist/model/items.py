@@ -37,13 +37,3 @@ class Vectors:
     def of(self, items: torch.Tensor) -> torch.Tensor:
         """The vectors of ``items`` [...]: [..., E]."""
         return F.embedding(self.rows(items), self.weight)
-
-
-def listed(ids: torch.Tensor, offsets: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What lists of ``values`` hold for ``ids`` [U], ``values[offsets[i]:offsets[i + 1]]`` each, end to end: int64 [P],
-    and where each id's begin, int64 [U]."""
-    begins, counts = offsets[ids], offsets[ids + 1] - offsets[ids]
-    ends = counts.cumsum(0)
-    places = torch.arange(int(ends[-1]) if len(ids) else 0, device=ids.device)
-    places += torch.repeat_interleave(begins - (ends - counts), counts)
-    return values[places].long(), ends - counts

@@ -25,7 +25,7 @@ from s3rec_dist.hashing import hash64, keep_mask
 from s3rec_dist.kernels.attribute_loss import attribute_loss, attribute_pairs
 from s3rec_dist.model.dropout import DropoutKeys, not_compiled
 from s3rec_dist.model.encoder import SITES_PER_BLOCK, Block, Queries, position_ids
-from s3rec_dist.model.items import MASK_ROW, RowTable, Vectors, listed
+from s3rec_dist.model.items import MASK_ROW, RowTable, Vectors
 from s3rec_dist.model.layers import embed
 from s3rec_dist.model.objectives import (
     binary_loss,
@@ -152,7 +152,8 @@ class S3Rec(nn.Module):
             rows = rows * ~self.is_cold[ids, None]
         if dropout_seed is not None and self.config.item_id_dropout and len(ids):
             rows = rows * keep_mask(hash64(ids, dropout_seed), 1, ID_SITE, self.config.item_id_dropout, rows.dtype)
-        attributes, begins = listed(ids, self.attribute_offsets, self.attribute_values)
+        owners, attributes = attribute_pairs(*self._attributes_of(ids))
+        begins = torch.searchsorted(owners, torch.arange(len(ids), device=ids.device))
         vectors = self._attribute_vectors(attributes)
         pooled = F.embedding_bag(vectors.rows(attributes), vectors.weight, begins, mode="mean")  # zeros for none
         return rows + self.feature_head(pooled)
