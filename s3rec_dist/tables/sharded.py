@@ -149,22 +149,18 @@ class ShardedTable:
     def fetch(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows of distinct ``ids`` int64 [U], fp32 [U, E] on the compute device. Where gradients are wanted they
         are a leaf, which :meth:`collect` looks at, and new rows are allotted."""
-        learns = torch.is_grad_enabled()
         owner = ids % self.world_size
         order = owner.argsort(stable=True)
         asked = torch.bincount(owner, minlength=self.world_size)
         counts = self._exchange(asked, [1] * self.world_size, [1] * self.world_size)
         asked_of, given_to = asked.tolist(), counts.tolist()
         wanted = self._exchange(ids[order], asked_of, given_to).to(self.device)
-        if learns:
-            slots = self._allot(wanted)
-            values = self._rows.index_select(0, slots).float()
-        else:
-            slots, values = wanted, self.peek(wanted)
+        slots = self._allot(wanted) if torch.is_grad_enabled() else None
+        values = self.peek(wanted) if slots is None else self._rows.index_select(0, slots).float()
         rows = self._exchange(values.to(self.compute_device), given_to, asked_of)
         leaf = torch.empty_like(rows)
         leaf[order] = rows
-        if learns:
+        if slots is not None:
             leaf.requires_grad_()
             self._lent.append(_Lent(leaf, order, asked_of, given_to, slots))
         return leaf
@@ -181,10 +177,6 @@ class ShardedTable:
     def owns(self, ids: torch.Tensor) -> torch.Tensor:
         """bool [K]: which of ``ids`` are this rank's. No collective."""
         return ids % self.world_size == self.rank
-
-    def forget(self) -> None:
-        """Takes no gradient from what was fetched so far. No collective."""
-        self._lent.clear()
 
     def collect(self) -> Gradient:
         """The gradients of all that was fetched since the last time, summed over all ranks, for this rank's rows."""
