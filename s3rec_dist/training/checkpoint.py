@@ -487,6 +487,12 @@ def load(engine: Engine, checkpoint: Checkpoint) -> None:
     engine.load_tensors(weights, adam)
 
 
+def item_rows(checkpoint: Checkpoint) -> torch.Tensor:
+    """The rows [N + 2, E] of a model's own item table, fp32."""
+    stored = in_file(str(checkpoint.folder / WEIGHTS))[TENSORS["items"]]
+    return stored.rows(0, stored.shape[0])
+
+
 def is_relayout(engine: Engine, state: Mapping[str, Any]) -> bool:
     """Whether a checkpoint's shards are cut for another world size or ZeRO stage; uncut ones, of stage 0, fit any."""
     if state["zero_stage"] != engine.zero_stage:
@@ -725,10 +731,10 @@ def fit_to_dataset(
 
 def _with_new_rows(name: str, old: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
     """A table's ``old`` rows, and what ``model`` has more; the last of the items' is the mask token's."""
-    if name not in ("item_embedding.weight", "attribute_embedding.weight"):
+    if name not in _KINDS:
         return old
     new = model.state_dict()[name]
-    moved = 1 if name == "item_embedding.weight" else 0
+    moved = int(_KINDS[name] == "items")
     return torch.cat((old[: len(old) - moved], new[len(old) - moved : len(new) - moved], old[len(old) - moved :]))
 
 

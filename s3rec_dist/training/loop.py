@@ -152,11 +152,11 @@ class Task:
         is_cold[[0, -1]] = False
         return is_cold
 
-    def keep_trained(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Of items that this stage has no samples of, those whose own rows are not zero any more in ``weights`` are not
+    def keep_trained(self, rows: torch.Tensor) -> None:
+        """Of items that this stage has no samples of, those whose own ``rows`` [N + 2, E] are not zero any more are not
         cold: earlier training had them."""
-        if self.is_cold is not None and "item_embedding.weight" in weights:
-            self.is_cold &= ~weights["item_embedding.weight"].any(1).to(self.device)
+        if self.is_cold is not None:
+            self.is_cold &= ~rows.any(1).to(self.device)
 
     def keep_trained_rows(self) -> None:
         """As :meth:`keep_trained`, of the rows that a sharded table has. A collective."""
@@ -403,10 +403,11 @@ def _train(
         if found is not None:
             _check_same_run(config, name, task.fingerprint, found)
             if task.is_cold is not None and config.model.item_table == "dense":
-                task.keep_trained(checkpoint.load_weights(str(found.folder))[0])
+                task.keep_trained(checkpoint.item_rows(found))
         elif name == "finetune":
             pretrained, growth = _load_pretrained(config, model, task.dataset, task.tables)
-            task.keep_trained(model.state_dict())
+            if config.model.item_table == "dense":
+                task.keep_trained(model.item_embedding.weight.detach())
     if not resume:
         on_rank_zero(folder.move_aside)
     on_rank_zero(lambda: _prepare_folder(folder, config))
@@ -467,6 +468,9 @@ class _Training:
         profile: ProfiledSteps | None,
     ) -> None:
         self.task, self.stage, self.config = task, task.stage, task.config
+        own_rate = self.stage.item_learning_rate
+        self.item_stage = replace(self.stage, learning_rate=own_rate) if own_rate else None
+        self.attribute_catalogue = task.dataset.attributes_digest(task.dataset.n_attributes)
         self.world, self.folder, self.tracker = world, folder, tracker
         self.preemption, self.watchdog = preemption, watchdog
         self.stream = task.stream(world)
@@ -598,10 +602,7 @@ class _Training:
             self.clock.enter("reconstruct")
             self.meter.streamed(packed)
             rate = learning_rate(stage, self.step, self.total_steps)
-            item_rate = None
-            if stage.item_learning_rate:
-                of_items = replace(stage, learning_rate=stage.item_learning_rate)
-                item_rate = learning_rate(of_items, self.step, self.total_steps)
+            item_rate = learning_rate(self.item_stage, self.step, self.total_steps) if self.item_stage else None
             is_logged = (self.step + 1) % stage.log_every_steps == 0 or self.step + 1 == self.total_steps
             result = self.engine.step(
                 task.batches(packed, epoch, self.engine),
@@ -792,7 +793,7 @@ class _Training:
             "catalogue": checkpoint.catalogue_of(dataset),
             "n_items": dataset.n_items,
             "n_attributes": dataset.n_attributes,
-            "attribute_catalogue": dataset.attributes_digest(dataset.n_attributes),
+            "attribute_catalogue": self.attribute_catalogue,
             **checkpoint.run_layout(self.engine),
             **checkpoint.tables_layout(self.engine),
             "version": s3rec_dist.__version__,
